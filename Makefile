@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test install lint unit timm-tests clean
+
+demo: install
+	$(BIN)/timm-bilinear demo
+
+test: install lint unit timm-tests
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,test]'
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: install
+	$(BIN)/python -m pytest -q tests
+
+# timm's own model tests, unchanged, from the sdist of the installed version; those named 'pretrained' need the Hub.
+timm-tests: install
+	set -e; version=$$($(BIN)/python -c 'import timm; print(timm.__version__)'); sdist=$(VENV)/timm-$$version; \
+	if [ ! -d $$sdist ]; then \
+		$(BIN)/pip download -q --disable-pip-version-check --no-deps --no-binary timm -d $(VENV) timm==$$version; \
+		tar -xzf $$sdist.tar.gz -C $(VENV); \
+	fi; \
+	cd $$sdist && ../bin/python -m pytest -q -p timm_bilinear -k 'bcnn and not pretrained' tests/test_models.py
+
+clean:
+	rm -rf $(VENV) .demo

@@ -1,0 +1,95 @@
+"""The timm-bilinear command."""
+
+import argparse
+import sys
+from typing import List, Optional
+
+from timm.utils import ParseKwargs
+
+__all__ = ['main']
+
+
+def _finetune(args: argparse.Namespace):
+    from .finetune import finetune
+
+    args = vars(args)
+    args['train_aug'] = {k: args.pop(k) for k in ('scale', 'ratio', 'hflip', 'color_jitter')}
+    metrics = finetune(**args)
+    print(', '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k, v in metrics.items()))
+    print(f"Saved to '{args['output']}': timm.create_model('local-dir:{args['output']}', pretrained=True)")
+
+
+def _demo(args: argparse.Namespace):
+    from .demo import demo
+
+    demo(args.output)
+
+
+def _benchmark_head(args: argparse.Namespace):
+    from .benchmark import benchmark_head
+
+    print(benchmark_head(args.output, repeats=args.repeats))
+
+
+def _benchmark_model(args: argparse.Namespace):
+    from .benchmark import benchmark_model
+
+    print(benchmark_model(args.output, repeats=args.repeats))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='timm-bilinear', description='Bilinear CNNs for timm.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+    p = commands.add_parser('finetune', help='fine-tune a model on an image folder')
+    p.set_defaults(run=_finetune)
+    p.add_argument('data_dir', help='folder with train, val and optionally test, each with a folder per class')
+    p.add_argument('--output', required=True, help='folder for the model, its checkpoints and summary.csv')
+    p.add_argument('--model', default='bcnn_resnet18', help='timm model name (default: %(default)s)')
+    p.add_argument('--pretrained', action=argparse.BooleanOptionalAction, default=True, help='start from weights')
+    p.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='model arguments, name=value')
+    p.add_argument('--img-size', type=int, help="input height and width (default: the model's)")
+    p.add_argument('--batch-size', type=int, default=32)
+    p.add_argument('--epochs', type=int, default=30, help='epochs with everything trained (default: %(default)s)')
+    p.add_argument(
+        '--head-epochs', type=int, default=30, help='before them, with frozen streams, if pretrained (default: 30)'
+    )
+    p.add_argument('--smoothing', type=float, default=0.1, help='label smoothing (default: %(default)s)')
+    p.add_argument('--scale', type=float, nargs=2, default=(0.3, 1.0), help='area of random crops (default: 0.3 1)')
+    p.add_argument('--ratio', type=float, nargs=2, default=(3 / 4, 4 / 3), help='aspect of random crops')
+    p.add_argument('--hflip', type=float, default=0.5, help='probability of a flip (default: %(default)s)')
+    p.add_argument('--color-jitter', type=float, default=0.4, help='strength (default: %(default)s)')
+    p.add_argument('--amp-dtype', choices=('bfloat16',), help='train under autocast')
+    p.add_argument('--workers', type=int, default=2, help='loader processes (default: %(default)s)')
+    p.add_argument('--device', help='default: a GPU if there is one')
+    p.add_argument('--seed', type=int, default=42)
+    p.add_argument('--resume', action='store_true', help='continue the run in --output')
+
+    p = commands.add_parser('demo', help='render fonts, fine-tune on them, save, load back and test')
+    p.set_defaults(run=_demo)
+    p.add_argument('--output', default='.demo', help='folder for images and model (default: %(default)s)')
+
+    p = commands.add_parser('benchmark', help='measure speed and memory')
+    benchmarks = p.add_subparsers(required=True, metavar='WHAT')
+    for name, run, text in (
+        ('head', _benchmark_head, "the head against the article's, eager and compiled"),
+        ('model', _benchmark_model, "a training step of the model against timm's backbone"),
+    ):
+        p = benchmarks.add_parser(name, help=text)
+        p.set_defaults(run=run)
+        p.add_argument('--output', help='file for the table, e.g. docs/benchmark_head_cpu.md')
+        p.add_argument('--repeats', type=int, default=15, help='measurements of each row (default: %(default)s)')
+    return parser
+
+
+def main(argv: Optional[List[str]] = None):
+    """Run the command; errors of input, data or disk end it with one line and exit code 1."""
+    args = _parser().parse_args(argv)
+    run = args.run
+    del args.run
+    try:
+        run(args)
+    except (OSError, RuntimeError, ValueError) as e:
+        sys.exit(f'timm-bilinear: error: {e}')
+    except KeyboardInterrupt:
+        sys.exit(130)

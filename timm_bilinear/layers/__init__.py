@@ -1,0 +1,3 @@
+from .bilinear_head import BilinearHead
+
+__all__ = ['BilinearHead']

@@ -1,0 +1,186 @@
+"""Bilinear pooling of feature maps: argument checks, and dispatch to the fastest path for the device."""
+
+from contextlib import nullcontext
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from . import library, reference
+from .packing import fold_symmetric_weight, pack_symmetric, packed_size, unfold_symmetric_weight, unpack_symmetric
+
+__all__ = [
+    'bilinear_pool',
+    'bilinear_classify',
+    'descriptor_size',
+    'pack_symmetric',
+    'unpack_symmetric',
+    'fold_symmetric_weight',
+    'unfold_symmetric_weight',
+    'POOL_TYPES',
+]
+
+POOL_TYPES = ('avg', 'sum', 'max')
+
+
+def descriptor_size(channels: int, channels_b: Optional[int] = None) -> int:
+    """Size D of a descriptor: packed C(C + 1) / 2 for one stream, Ca * Cb for two."""
+    return packed_size(channels) if channels_b is None else channels * channels_b
+
+
+def _autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _without_autocast(device_type: str):
+    return nullcontext() if _autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
+
+
+def _check_features(name: str, x: torch.Tensor):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"'{name}' must be a tensor, got {type(x).__name__}.")
+    if x.dim() not in (3, 4):
+        raise ValueError(f"'{name}' must be (B, C, H, W) or (B, C, N), got shape {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise TypeError(f"'{name}' must be floating point, got {x.dtype}.")
+    if x.numel() == 0:
+        raise ValueError(f"'{name}' must have images, channels and locations, got shape {tuple(x.shape)}.")
+
+
+def _check_same(what: str, name: str, got, expected):
+    if got != expected:
+        raise ValueError(f"'{name}' must have the {what} of 'a', {expected}, got {got}.")
+
+
+def _check_dtype(name: str, x: torch.Tensor, a: torch.Tensor):
+    if x.dtype != a.dtype and _autocast_dtype(a.device.type) is None:
+        raise TypeError(f"'{name}' must have the dtype of 'a', {a.dtype}, got {x.dtype}.")
+
+
+def _check(
+    a: torch.Tensor,
+    b: Optional[torch.Tensor],
+    weight: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    pool: str,
+    eps: float,
+):
+    _check_features('a', a)
+    size, described = packed_size(a.shape[1]), f'{a.shape[1]} channels, packed'
+    if b is not None:
+        _check_features('b', b)
+        _check_same('device', 'b', b.device, a.device)
+        _check_dtype('b', b, a)
+        _check_same('batch size', 'b', b.shape[0], a.shape[0])
+        _check_same('locations', 'b', tuple(b.shape[2:]), tuple(a.shape[2:]))
+        size, described = a.shape[1] * b.shape[1], f'{a.shape[1]} x {b.shape[1]} channels'
+    if weight is not None:
+        if weight.dim() != 2 or weight.shape[1] != size:
+            raise ValueError(f"'weight' must be (K, {size}) for {described}, got shape {tuple(weight.shape)}.")
+        _check_same('device', 'weight', weight.device, a.device)
+        _check_dtype('weight', weight, a)
+        if bias is not None:
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(f"'bias' must be ({weight.shape[0]},), got shape {tuple(bias.shape)}.")
+            _check_same('device', 'bias', bias.device, a.device)
+            _check_dtype('bias', bias, a)
+    if pool not in POOL_TYPES:
+        raise ValueError(f"'pool' must be one of {', '.join(map(repr, POOL_TYPES))}, got {pool!r}.")
+    if not 0.0 < eps < float('inf'):
+        raise ValueError(f"'eps' must be positive and finite, got {eps}.")
+
+
+def _is_fast(a: torch.Tensor, pool: str) -> bool:
+    """Whether a fast path takes this call. Graphs that leave PyTorch get the reference, made of its ops alone."""
+    return pool != 'max' and a.device.type == 'cpu' and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+
+
+def _check_finite(out: torch.Tensor):
+    """The error of the fast path, for what it leaves to the reference."""
+    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if eager and out.device.type == 'cpu' and not out.isfinite().all():
+        raise ValueError('Features must be finite, got inf or nan in the batch.')
+
+
+def bilinear_pool(
+    a: torch.Tensor,
+    b: Optional[torch.Tensor] = None,
+    *,
+    pool: str = 'avg',
+    eps: float = 1e-10,
+) -> torch.Tensor:
+    """Bilinear descriptors: outer product per location, pooled over locations, signed square root, L2 norm.
+
+    Products and everything after them are float32 (float64 for float64 features), under autocast too; finite features
+    give finite descriptors and gradients in every dtype.
+
+    Source: https://arxiv.org/abs/1504.07889; the signed root sign(z) (sqrt(|z| + eps) - sqrt(eps)) is that of the
+    authors' PyTorch release (cvl-umass/bilinear-cnn, with eps = 1e-5).
+
+    Args:
+        a: (B, Ca, H, W) or (B, Ca, N) features, floating point, any strides.
+        b: (B, Cb, H, W) or (B, Cb, N) features of a second stream on the same grid, or None to pair `a` with itself.
+        pool: 'avg', 'sum' or 'max' over locations.
+        eps: Offset under the square root, > 0.
+
+    Returns:
+        (B, D) with rows of unit length (zero for an all-zero image), in the dtype of `a` or of autocast. Two streams:
+        D = Ca * Cb, row-major. One: D = Ca (Ca + 1) / 2, packed as by `pack_symmetric`.
+
+    Raises:
+        TypeError: If a tensor is not floating point, or dtypes differ outside autocast.
+        ValueError: If shapes, devices, `pool` or `eps` are wrong, or (on the CPU) features are not finite.
+    """
+    _check(a, b, None, None, pool, eps)
+    dtype = _autocast_dtype(a.device.type) or a.dtype
+    with _without_autocast(a.device.type):
+        if _is_fast(a, pool):
+            y, *_ = library.bilinear_pool(a.flatten(2), None if b is None else b.flatten(2), pool == 'avg', eps)
+            return F.normalize(y, dim=1, eps=1e-12).to(dtype)
+        z = reference.bilinear_pool(a, b, pool, eps)
+    _check_finite(z)
+    return z.to(dtype)
+
+
+def bilinear_classify(
+    a: torch.Tensor,
+    b: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    *,
+    pool: str = 'avg',
+    eps: float = 1e-10,
+) -> torch.Tensor:
+    """Logits of a linear classifier on bilinear descriptors, `F.linear(bilinear_pool(a, b), weight, bias)`, fused.
+
+    The L2 norm divides the logits, so the normalised descriptor is never written; backward is formed from the
+    unnormalised descriptor alone.
+
+    Args:
+        a: (B, Ca, H, W) or (B, Ca, N) features, floating point, any strides.
+        b: Features of a second stream on the same grid, or None to pair `a` with itself.
+        weight: (K, D), D as `bilinear_pool` has it; a full (K, Ca * Ca) weight folds to a packed one by
+            `fold_symmetric_weight`.
+        bias: (K,) or None.
+        pool: 'avg', 'sum' or 'max' over locations.
+        eps: Offset under the square root, > 0.
+
+    Returns:
+        (B, K) in the dtype of `a` or of autocast.
+
+    Raises:
+        TypeError: If a tensor is not floating point, or dtypes differ outside autocast.
+        ValueError: If shapes, devices, `pool` or `eps` are wrong, or (on the CPU) features are not finite.
+    """
+    _check(a, b, weight, bias, pool, eps)
+    dtype = _autocast_dtype(a.device.type) or a.dtype
+    with _without_autocast(a.device.type):
+        if _is_fast(a, pool):
+            b = None if b is None else b.flatten(2)
+            logits, *_ = library.bilinear_classify(a.flatten(2), b, weight, pool == 'avg', eps)
+            return (logits if bias is None else logits + bias).to(dtype)
+        logits = reference.bilinear_classify(a, b, weight, bias, pool, eps)
+    _check_finite(logits)
+    return logits.to(dtype)

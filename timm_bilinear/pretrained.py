@@ -1,0 +1,141 @@
+"""Pretrained weights: the one checkpoint filter, and what to tell a user whom the Hub leaves without weights."""
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Dict, List, Optional, Union
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from .ops import fold_symmetric_weight
+
+__all__ = ['checkpoint_filter_fn', 'fetch_backbone_weights', 'hub_errors']
+
+# The article's Net: nn.Sequential of torchvision's resnet18 up to layer4, by position.
+_ARTICLE_LAYERS = {'0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
+_ARTICLE_STREAM = re.compile(r'features\.(\d)\.')
+# The authors' PyTorch release (cvl-umass/bilinear-cnn): an extractor per stream, in a Sequential if projected.
+_UMASS_STREAM = re.compile(r'feature_extractors\.feature_extractors\.([01])\.(?:0\.)?model\.')
+_UMASS_PROJ = re.compile(r'feature_extractors\.feature_extractors\.([01])\.1\.weight$')
+
+
+def _rename_article(key: str) -> str:
+    key = _ARTICLE_STREAM.sub(lambda m: f'stream_a.{_ARTICLE_LAYERS.get(m[1], m[1])}.', key)
+    return key.replace('classifiers.0.', 'head.fc.')
+
+
+def _rename_umass(key: str) -> str:
+    if m := _UMASS_PROJ.match(key):
+        return f'head.proj_{"ab"[int(m[1])]}.weight'
+    if m := _UMASS_STREAM.match(key):
+        # VGG is a bare Sequential there, DenseNet a model with `features`; both are flattened in timm's feature nets.
+        layer = re.sub(
+            r'^(?:features\.)?(?=\d|(?:conv0|norm0|denseblock\d|transition\d|norm5)\.)', 'features_', key[m.end() :]
+        )
+        return f'stream_{"ab"[int(m[1])]}.{layer}'
+    return f'head.{key}' if key.startswith('fc.') else key
+
+
+def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module):
+    """Raise if `state_dict` does not fit, but for what timm adapts: another number of classes or input channels."""
+    own = model.state_dict()
+    num_classes = model.pretrained_cfg['num_classes']
+    adapted = [f'{name}.weight' for name in model._traits.get('first_conv') or ()]
+    if num_classes != model.num_classes:
+        adapted += ['head.fc.weight', 'head.fc.bias']
+    problems: List[str] = []
+    for key, value in own.items():
+        if key in adapted or key.endswith('num_batches_tracked'):
+            continue
+        if key not in state_dict:
+            problems.append(f'{key} is missing')
+        elif state_dict[key].shape != value.shape:
+            problems.append(f'{key} is {tuple(state_dict[key].shape)}, the model has {tuple(value.shape)}')
+    problems += [f'{key} is not in the model' for key in state_dict if key not in own and key not in adapted]
+    if problems:
+        shown = '; '.join(problems[:8]) + (f'; and {len(problems) - 8} more' if len(problems) > 8 else '')
+        hint = ''
+        if any(p.startswith('head.fc.') for p in problems):
+            hint = (
+                f' (The checkpoint was taken to have {num_classes} classes; if it has another number, give'
+                f' pretrained_cfg_overlay=dict(num_classes=...) and its classifier is replaced.)'
+            )
+        raise RuntimeError(f'The checkpoint does not fit this {type(model).__name__}: {shown}.{hint}')
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take every checkpoint of a bilinear CNN to this package's names and packed classifier.
+
+    Accepts our own and timm train script's, those of the article's `Net` (`features.0.weight`, `classifiers.0.weight`)
+    and those of the authors' PyTorch release (`feature_extractors.feature_extractors.0.model.0.weight`, `fc.weight`),
+    with or without 'module.', with a full C * C or a packed classifier.
+
+    Args:
+        state_dict: Checkpoint weights.
+        model: The `BilinearCNN` they are for, with `pretrained_cfg['num_classes']` the checkpoint's classes.
+
+    Returns:
+        State dict of `model`.
+
+    Raises:
+        RuntimeError: If keys or shapes do not fit, naming them.
+    """
+    state_dict = {k.removeprefix('module.'): v for k, v in state_dict.items()}
+    if 'classifiers.0.weight' in state_dict:
+        state_dict = {_rename_article(k): v for k, v in state_dict.items()}
+    elif any(_UMASS_STREAM.match(k) for k in state_dict):
+        state_dict = {_rename_umass(k): v for k, v in state_dict.items()}
+    weight = state_dict.get('head.fc.weight')
+    head = model.head
+    if weight is not None and head.in_features_b is None and weight.shape[1] == head.channels**2 != head.num_features:
+        state_dict['head.fc.weight'] = fold_symmetric_weight(weight)
+    _check_fit(state_dict, model)
+    return state_dict
+
+
+@contextmanager
+def hub_errors(repo: str, filename: str = 'model.safetensors'):
+    """Turn the Hub client's errors about a file into one sentence.
+
+    Raises:
+        RuntimeError: Naming `repo`, `filename`, the cause and what to do.
+    """
+    try:
+        yield
+    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as e:
+        cause = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise RuntimeError(
+            f"Could not get {filename} of the Hugging Face Hub repo '{repo}' ({type(e).__name__}: {cause}). Check the"
+            f" repo's name and the network; or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use files cached"
+            f' earlier, or create the model with pretrained=False.'
+        ) from None
+
+
+def fetch_backbone_weights(backbone: str, cache_dir: Optional[Union[str, Path]] = None):
+    """Bring a timm backbone's weights into the Hub cache, where timm's own loader will look for them.
+
+    Args:
+        backbone: timm model name, with or without tag.
+        cache_dir: Cache folder, the Hub's default if None.
+
+    Raises:
+        RuntimeError: If the backbone has no weights, or the Hub or its cache cannot give them.
+    """
+    cfg = get_pretrained_cfg(backbone)
+    if cfg is None or not cfg.has_weights:
+        raise RuntimeError(f"timm has no pretrained weights for '{backbone}'. Use pretrained=False.")
+    if not cfg.hf_hub_id or cfg.custom_load:
+        return
+    repo, _, revision = cfg.hf_hub_id.partition('@')
+    filename = cfg.hf_hub_filename or 'model.safetensors'
+    with hub_errors(repo, filename):
+        try:
+            hf_hub_download(repo, filename, revision=revision or None, cache_dir=cache_dir)
+        except LocalEntryNotFoundError:  # no network and not in the cache
+            raise
+        except EntryNotFoundError:  # an older repo without safetensors, timm's loader has other names to try
+            pass
