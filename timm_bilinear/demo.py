@@ -42,7 +42,7 @@ def demo(output: Union[str, Path] = '.demo') -> float:
             img_size=112,
             batch_size=32,
             epochs=12,
-            train_aug=dict(scale=(0.6, 1.0), ratio=(0.9, 1.1), hflip=0.0),
+            train_aug=dict(scale=(0.6, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None),
             amp_dtype='bfloat16',
             resume=(folder / 'checkpoints' / 'last.pth.tar').is_file(),
         )

@@ -82,8 +82,8 @@ def render_text(family: str, words: List[str], size: int, rng: random.Random) ->
     text = '\n'.join(' '.join(rng.sample(words, 2)) for _ in range(3))
     position = (-rng.uniform(0, 0.4) * size, size * rng.uniform(-0.15, 0.05))
     ImageDraw.Draw(image).multiline_text(position, text, fill=text_color, font=font, spacing=size * 0.02)
-    noise = Image.effect_noise((size, size), 20).convert('RGB')
-    return Image.blend(image, noise, rng.uniform(0, 0.2))
+    noise = Image.frombytes('L', (size, size), rng.randbytes(size * size)).convert('RGB')
+    return Image.blend(image, noise, rng.uniform(0, 0.15))
 
 
 def _render_class(root: Path, split: str, family: str, count: int, size: int):
