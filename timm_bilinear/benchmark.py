@@ -23,8 +23,8 @@ _HEAD_NOTES = """
 
 The floor is FLOPs over this machine's measured matrix rate (oneDNN, float32), or bytes over its measured copy bandwidth
 where those take longer: the triangle product and one pass over the packed classifier forward; backward, the full
-product and two more passes. Peak memory is what a step allocates above features and parameters; the gradients of features and
-parameters are part of it, and in brackets it is given without them."""
+product and two more passes. Peak memory is what a step allocates above features and parameters; the gradients of
+features and parameters are part of it, and in brackets it is given without them."""
 
 
 def article_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -107,11 +107,14 @@ def hub_errors(repo: str, filename: str = 'model.safetensors'):
     try:
         yield
     except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as e:
-        cause = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if isinstance(e, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            cause = 'the Hub cannot be reached, or HF_HUB_OFFLINE is set, and the file is not in the cache'
+        else:
+            cause = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
         raise RuntimeError(
-            f"Could not get {filename} of the Hugging Face Hub repo '{repo}' ({type(e).__name__}: {cause}). Check the"
-            f" repo's name and the network; or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use files cached"
-            f' earlier, or create the model with pretrained=False.'
+            f"Could not get {filename} of the Hugging Face Hub repo '{repo}': {cause}; check the repo's name and the"
+            f' network, set HF_ENDPOINT to a mirror or HF_HUB_OFFLINE=1 to use files cached earlier, or create the'
+            f' model with pretrained=False.'
         ) from None
 
 
