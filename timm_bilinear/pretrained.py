@@ -21,6 +21,8 @@ _ARTICLE_STREAM = re.compile(r'features\.(\d)\.')
 # The authors' PyTorch release (cvl-umass/bilinear-cnn): an extractor per stream, in a Sequential if projected.
 _UMASS_STREAM = re.compile(r'feature_extractors\.feature_extractors\.([01])\.(?:0\.)?model\.')
 _UMASS_PROJ = re.compile(r'feature_extractors\.feature_extractors\.([01])\.1\.weight$')
+# What their torchvision backbones hold and do not use.
+_UMASS_UNUSED = re.compile(r'stream_[ab]\.(?:classifier|fc|AuxLogits)\.')
 
 
 def _rename_article(key: str) -> str:
@@ -89,6 +91,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         state_dict = {_rename_article(k): v for k, v in state_dict.items()}
     elif any(_UMASS_STREAM.match(k) for k in state_dict):
         state_dict = {_rename_umass(k): v for k, v in state_dict.items()}
+        state_dict = {k: v for k, v in state_dict.items() if not _UMASS_UNUSED.match(k)}
     weight = state_dict.get('head.fc.weight')
     head = model.head
     if weight is not None and head.in_features_b is None and weight.shape[1] == head.channels**2 != head.num_features:

@@ -57,8 +57,6 @@ class BilinearHead(nn.Module):
         for name, value in (('in_features', in_features), ('in_features_b', in_features_b), ('proj_dim', proj_dim)):
             if value is not None and value < 1:
                 raise ValueError(f"'{name}' must be positive, got {value}.")
-        if num_classes < 0:
-            raise ValueError(f"'num_classes' must not be negative, got {num_classes}.")
         if not 0.0 < eps < float('inf'):
             raise ValueError(f"'eps' must be positive and finite, got {eps}.")
         dd = {'device': device, 'dtype': dtype}
@@ -82,6 +80,8 @@ class BilinearHead(nn.Module):
         self.pool_type = pool_type
 
     def _create_fc(self, num_classes: int, dd: dict) -> nn.Module:
+        if num_classes < 0:
+            raise ValueError(f"'num_classes' must not be negative, got {num_classes}.")
         return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     def reset(self, num_classes: int, pool_type: Optional[str] = None, device=None, dtype=None):
@@ -91,7 +91,7 @@ class BilinearHead(nn.Module):
             pool_type: New pooling type, unchanged if None.
 
         Raises:
-            ValueError: If `pool_type` is unknown.
+            ValueError: If `pool_type` is unknown or `num_classes` negative.
         """
         dd = get_device_dtype(self, device=device, dtype=dtype)
         if pool_type is not None:

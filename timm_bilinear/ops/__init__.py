@@ -174,6 +174,8 @@ def bilinear_classify(
         TypeError: If a tensor is not floating point, or dtypes differ outside autocast.
         ValueError: If shapes, devices, `pool` or `eps` are wrong, or (on the CPU) features are not finite.
     """
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"'weight' must be a tensor, got {type(weight).__name__}.")
     _check(a, b, weight, bias, pool, eps)
     dtype = _autocast_dtype(a.device.type) or a.dtype
     with _without_autocast(a.device.type):

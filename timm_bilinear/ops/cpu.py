@@ -106,11 +106,11 @@ def _block_index(channels: int, row: int, device: torch.device) -> torch.Tensor:
         return i * width + j
 
 
-def _largest(a: torch.Tensor, b: Optional[torch.Tensor], i: int) -> float:
-    largest = max(x[i].abs().amax().item() for x in (a, b) if x is not None)
+def _largest(x: torch.Tensor, i: int) -> float:
+    largest = x[i].abs().amax().item()
     if not math.isfinite(largest):
         raise ValueError(f'Features must be finite, got inf or nan in image {i} of the batch.')
-    return largest
+    return largest or 1.0
 
 
 def forward(
@@ -128,8 +128,8 @@ def forward(
         eps: Offset under the root.
 
     Returns:
-        Tuple, in the compute dtype: y (B, D); its norms (B,), at least 1e-12; scale (B,), 1 but where features are too
-        large to be multiplied: they, and so y, were divided by it.
+        Tuple, in the compute dtype: y (B, D); its norms (B,), at least 1e-12; scale (B, 2), 1 but where features are
+        too large to be multiplied: those of a and b were divided by it, and so y by the root of its product.
 
     Raises:
         ValueError: If features are not finite.
@@ -137,19 +137,21 @@ def forward(
     batch, channels, locations = a.shape
     size = packed_size(channels) if b is None else channels * b.shape[1]
     y = a.new_empty(batch, size, dtype=compute_dtype(a.dtype))
-    scale = y.new_ones(batch)
+    scale = y.new_ones(batch, 2)
     divisor = locations if average else 1
 
-    def one(i: int, s: float):
-        b_i = None if b is None else _image(b, i, s)
-        _forward_image(_image(a, i, s), b_i, y[i], divisor, eps / s / s)
+    def one(i: int):
+        s, t = scale[i].tolist()
+        b_i = None if b is None else _image(b, i, t)
+        _forward_image(_image(a, i, s), b_i, y[i], divisor, eps / s / t)
 
     for i in range(batch):
-        one(i, 1.0)
+        one(i)
     norm = torch.linalg.vector_norm(y, dim=1)
     for i in torch.nonzero(~norm.isfinite()).flatten().tolist():
-        scale[i] = _largest(a, b, i)
-        one(i, scale[i].item())
+        scale[i, 0] = _largest(a, i)
+        scale[i, 1] = scale[i, 0] if b is None else _largest(b, i)
+        one(i)
         norm[i] = torch.linalg.vector_norm(y[i])
     return y, norm.clamp_min_(1e-12), scale
 
@@ -175,8 +177,13 @@ def backward(
     """
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b) if x is not None]
     divisor = a.shape[2] if average else 1
-    for i, s in enumerate(scale.tolist()):
-        b_i = None if b is None else _image(b, i, s)
-        for out, image_grad in zip(grads, _backward_image(grad[i], y[i], _image(a, i, s), b_i, divisor, eps / s / s)):
-            out[i] = image_grad / s if s != 1.0 else image_grad
+    for i, (s, t) in enumerate(scale.tolist()):
+        b_i = None if b is None else _image(b, i, t)
+        image_grads = _backward_image(grad[i], y[i], _image(a, i, s), b_i, divisor, eps / s / t)
+        for out, image_grad, r in zip(grads, image_grads, (s, t)):
+            if r != 1.0:
+                image_grad = image_grad / r
+            if out.dtype == torch.float16:  # of tiny features float16 cannot hold the gradient
+                image_grad = image_grad.clamp(-65504.0, 65504.0)
+            out[i] = image_grad
     return grads

@@ -29,7 +29,7 @@ def bilinear_pool(a: Tensor, b: Optional[Tensor], average: bool, eps: float) -> 
 def _(a, b, average, eps):
     size = packed_size(a.shape[1]) if b is None else a.shape[1] * b.shape[1]
     y = a.new_empty(a.shape[0], size, dtype=compute_dtype(a.dtype))
-    return y, y.new_empty(a.shape[0]), y.new_empty(a.shape[0])
+    return y, y.new_empty(a.shape[0]), y.new_empty(a.shape[0], 2)
 
 
 @torch.library.custom_op('timm_bilinear::bilinear_pool_backward', mutates_args=(), device_types='cpu')
@@ -89,7 +89,7 @@ def bilinear_classify(
 def _(a, b, weight, average, eps):
     size = weight.shape[1]
     y = a.new_empty(a.shape[0], size, dtype=compute_dtype(a.dtype))
-    return y.new_empty(a.shape[0], weight.shape[0]), y, y.new_empty(a.shape[0]), y.new_empty(a.shape[0])
+    return y.new_empty(a.shape[0], weight.shape[0]), y, y.new_empty(a.shape[0]), y.new_empty(a.shape[0], 2)
 
 
 @torch.library.custom_op('timm_bilinear::bilinear_classify_backward', mutates_args=(), device_types='cpu')

@@ -33,6 +33,12 @@ def _products(a: torch.Tensor, b: torch.Tensor, pool: str) -> torch.Tensor:
     return z / a.shape[2] if pool == 'avg' else z
 
 
+def _scale(x: torch.Tensor) -> torch.Tensor:
+    """Divisor of each image's features, (B, 1, 1): 1, but the largest of those whose squares could overflow float32."""
+    largest = x.detach().abs().amax((1, 2), keepdim=True)
+    return torch.where(largest > 1e14, largest, torch.ones_like(largest))
+
+
 def _unnormalised(
     a: torch.Tensor,
     b: Optional[torch.Tensor],
@@ -45,12 +51,12 @@ def _unnormalised(
     symmetric = b is None
     b_ = a if b is None else b.to(dtype).flatten(2)
 
-    # Features whose squares could overflow float32 are scaled down. After the L2 norm only eps tells the difference.
-    largest = torch.maximum(a.detach().abs().amax((1, 2)), b_.detach().abs().amax((1, 2)))
-    scale = torch.where(largest > 1e14, largest, torch.ones_like(largest)).view(-1, 1, 1)
-    a = a / scale
-    b_ = a if symmetric else b_ / scale
-    eps_ = (eps / scale / scale).clamp_min(1e-30)  # sqrt() has no gradient at 0
+    # After the L2 norm only eps tells that features were scaled down.
+    scale_a = _scale(a)
+    scale_b = scale_a if symmetric else _scale(b_)
+    a = a / scale_a
+    b_ = a if symmetric else b_ / scale_b
+    eps_ = (eps / scale_a / scale_b).clamp_min(1e-30)  # sqrt() has no gradient at 0
 
     z = _products(a, b_, pool)
     # The gradient at Z = 0 is 0: sign() has none, and the |Z| inside the root is taken with abs(), whose is 0 there.

@@ -1,0 +1,618 @@
+"""The public ops: every path against the definition in float64, gradients, compilers, hostile input, errors."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from timm_bilinear import ops
+from timm_bilinear.ops import bilinear_classify, bilinear_pool, cpu, descriptor_size, library, packing, reference
+
+# Channels of a, of b (None: a with itself) and locations; around the 128 rows of a block of the triangle too.
+SHAPES = [
+    (1, None, 1),
+    (1, None, 49),
+    (3, None, 1),
+    (3, None, 196),
+    (65, None, 49),
+    (128, None, 1),
+    (130, None, 49),
+    (300, None, 5),
+    (512, None, 196),
+    (1, 1, 49),
+    (3, 5, 1),
+    (65, 3, 196),
+    (65, 65, 49),
+    (130, 512, 49),
+]
+# Largest deviation from float64, relative to the largest entry: output and weight gradients, feature gradients.
+# Half precision is computed in float32, so what remains is one rounding of the result.
+TOLERANCES = {
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (2**-8, 2**-8),
+    torch.float16: (2**-11, 2**-11),
+    torch.float64: (1e-12, 1e-12),
+}
+DTYPES = list(TOLERANCES)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def features(channels, *rest, batch=2, dtype=torch.float32):
+    """Features whose products have both signs and do not cancel over locations.
+
+    The slope of the root is 1 / (2 sqrt(eps)) near Z = 0, so gradients of entries that cancel are ill-conditioned, in
+    any implementation.
+    """
+    sign = torch.randint(0, 2, (channels,) + (1,) * len(rest)) * 2 - 1
+    return (sign * (0.1 + torch.rand(batch, channels, *rest))).to(dtype)
+
+
+def classifier(channels, channels_b=None, num_classes=4, dtype=torch.float32):
+    return torch.randn(num_classes, descriptor_size(channels, channels_b)).to(dtype), torch.randn(num_classes).to(dtype)
+
+
+def run(fn, inputs, grad):
+    """Output, then gradients of the inputs that are there."""
+    inputs = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    out = fn(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in inputs if x is not None], grad.to(out.dtype))]
+
+
+def double(*tensors):
+    return [None if x is None else x.double() for x in tensors]
+
+
+def deviation(got, want, at_least=0.0):
+    assert got.shape == want.shape
+    assert got.isfinite().all()
+    return ((got.double() - want).abs().max() / want.abs().max().clamp_min(at_least)).item()
+
+
+def test_pool_types():
+    assert ops.POOL_TYPES == ('avg', 'sum', 'max')
+    assert descriptor_size(512) == 131328 and descriptor_size(512, 256) == 131072
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+@pytest.mark.parametrize('channels,channels_b,locations', SHAPES)
+def test_against_float64(channels, channels_b, locations, pool, dtype):
+    if pool == 'max' and channels * (channels_b or channels) * locations > 1e7:
+        pytest.skip('the pool without a fast path, at its largest')
+    a = features(channels, locations, dtype=dtype)
+    b = None if channels_b is None else features(channels_b, locations, dtype=dtype)
+    weight, bias = classifier(channels, channels_b, dtype=dtype)
+    tolerance, feature_tolerance = TOLERANCES[dtype]
+
+    grad = torch.randn(2, 4).to(dtype)
+    got = run(lambda *x: bilinear_classify(*x, pool=pool), (a, b, weight, bias), grad)
+    want = run(lambda *x: reference.bilinear_classify(*x, pool, 1e-10), double(a, b, weight, bias), grad)
+    assert {x.dtype for x in got} == {dtype}
+    out, *grad_features, grad_weight, grad_bias = zip(got, want)
+    # A 1 x 1 descriptor is 1 or -1 and has no gradient: there, and in small ones, compare to gradients of order 1.
+    assert deviation(*out) < tolerance
+    assert deviation(*grad_weight) < tolerance and deviation(*grad_bias) < tolerance
+    for x in grad_features:
+        assert deviation(*x, at_least=1.0) < feature_tolerance
+
+    grad = torch.randn(2, weight.shape[1]).to(dtype)
+    got = run(lambda *x: bilinear_pool(*x, pool=pool), (a, b), grad)
+    want = run(lambda *x: reference.bilinear_pool(*x, pool, 1e-10), double(a, b), grad)
+    assert {x.dtype for x in got} == {dtype}
+    out, *grad_features = zip(got, want)
+    assert deviation(*out) < tolerance
+    torch.testing.assert_close(out[0].double().norm(dim=1), torch.ones(2).double(), atol=10 * tolerance, rtol=0)
+    for x in grad_features:
+        assert deviation(*x, at_least=1.0) < feature_tolerance
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('pool', ['avg', 'sum'])
+@pytest.mark.parametrize('eps', [1e-5, 1e-2])
+def test_eps_against_float64(pool, eps, two):
+    # Where eps matters: zero-mean features, with products of every size down to 0.
+    a, b = torch.randn(3, 70, 4, 5), torch.randn(3, 66, 4, 5) if two else None
+    weight, bias = classifier(70, 66 if two else None)
+    grad = torch.randn(3, 4)
+    got = run(lambda *x: bilinear_classify(*x, pool=pool, eps=eps), (a, b, weight, bias), grad)
+    want = run(lambda *x: reference.bilinear_classify(*x, pool, eps), double(a, b, weight, bias), grad)
+    for i, x in enumerate(zip(got, want)):
+        assert deviation(*x) < 1e-5 if i in (0, len(got) - 1) else deviation(*x) < 1e-3
+    other = bilinear_classify(a, b, weight, bias, pool=pool, eps=3 * eps)
+    assert (other - got[0]).abs().max() > 1e-4  # or the test would not see eps at all
+
+
+def layouts(x):
+    """The same (B, C, H, W) features in other shapes and strides."""
+    yield 'contiguous', x.contiguous()
+    yield 'channels_last', x.contiguous(memory_format=torch.channels_last)
+    yield 'flat', x.flatten(2)
+    yield 'flat_transposed', x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
+    yield 'every_other_channel', torch.stack([x, torch.full_like(x, math.nan)], 2).flatten(1, 2)[:, ::2]
+    yield 'cropped', torch.nn.functional.pad(x, (1, 2, 3, 0), value=math.nan)[:, :, 3:, 1:-2]
+    yield 'batch_last', x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    yield 'offset', torch.cat([torch.full((1,), math.nan), x.flatten()])[1:].view_as(x)
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('pool', ['avg', 'max'])
+def test_layouts(pool, two):
+    a, b = features(66, 3, 5), features(65, 3, 5) if two else None
+    weight, bias = classifier(66, 65 if two else None)
+    grad = torch.randn(2, 4)
+    want = run(lambda *x: bilinear_classify(*x, pool=pool), (a, b, weight, bias), grad)
+    z = bilinear_pool(a, b, pool=pool)
+    for (layout, a_), (_, b_) in zip(layouts(a), layouts(a if b is None else b)):
+        a_ = a_.detach().requires_grad_()  # clone() would lose the strides
+        b_ = b_.detach().requires_grad_() if two else None
+        assert torch.equal(bilinear_pool(a_, b_, pool=pool), z), layout
+        out = bilinear_classify(a_, b_, weight, bias, pool=pool)
+        torch.testing.assert_close(out, want[0])
+        grads = torch.autograd.grad(out, [a_] + [b_] * two, grad)
+        for x, got, expected in zip((a_, b_), grads, want[1:]):
+            assert got.shape == x.shape, layout
+            torch.testing.assert_close(got.reshape(expected.shape), expected, msg=layout)
+
+
+def test_expanded_batch():
+    # Stride 0: gradients must add up over the images.
+    a = features(20, 3, 3, batch=1).requires_grad_()
+    weight, _ = classifier(20)
+    grad = torch.randn(3, 4)
+    (got,) = torch.autograd.grad(bilinear_classify(a.expand(3, -1, -1, -1), None, weight), a, grad)
+    (want,) = torch.autograd.grad(bilinear_classify(a, None, weight), a, grad.sum(0, keepdim=True))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_two_streams_of_one_map_is_symmetric_unpacked(pool):
+    a = features(40, 7)
+    full = bilinear_pool(a, a, pool=pool).unflatten(1, (40, 40))
+    torch.testing.assert_close(full, full.transpose(1, 2))
+    torch.testing.assert_close(ops.unpack_symmetric(bilinear_pool(a, pool=pool)), full, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_classify_is_linear_on_pool(pool, two):
+    a, b = features(33, 6, 6), features(29, 6, 6) if two else None
+    weight, bias = classifier(33, 29 if two else None)
+    z = bilinear_pool(a, b, pool=pool)
+    for bias_ in (bias, None):
+        torch.testing.assert_close(
+            bilinear_classify(a, b, weight, bias_, pool=pool), torch.nn.functional.linear(z, weight, bias_)
+        )
+
+
+@pytest.mark.parametrize('eps', [1e-3, 1e-10])
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_gradcheck(pool, two, eps):
+    a = features(5, 2, 3, dtype=torch.float64).requires_grad_()
+    b = features(4, 2, 3, dtype=torch.float64).requires_grad_() if two else None
+    weight, bias = (x.requires_grad_() for x in classifier(5, 4 if two else None, 3, torch.float64))
+    assert gradcheck(lambda *x: bilinear_classify(*x, pool=pool, eps=eps), (a, b, weight, bias))
+    assert gradcheck(lambda *x: bilinear_pool(*x, pool=pool, eps=eps), (a, b))
+
+
+def test_gradcheck_across_blocks():
+    # More channels than a block of the triangle has rows; fast mode projects, or the Jacobian would be too large.
+    a = features(131, 3, batch=1, dtype=torch.float64).requires_grad_()
+    weight = classifier(131, dtype=torch.float64)[0].requires_grad_()
+    assert gradcheck(lambda a, w: bilinear_classify(a, None, w), (a, weight), fast_mode=True)
+    assert gradcheck(bilinear_pool, (a,), fast_mode=True)
+
+
+def test_second_order_is_an_error_not_wrong():
+    a = features(5, 4).requires_grad_()
+    (grad,) = torch.autograd.grad(bilinear_pool(a).square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('needed', ['a', 'b', 'weight', 'bias'])
+@pytest.mark.parametrize('pool', ['avg', 'max'])
+def test_gradients_as_needed(pool, needed):
+    inputs = dict(zip(('a', 'b', 'weight', 'bias'), (features(9, 4), features(7, 4), *classifier(9, 7))))
+    grad = torch.randn(2, 4)
+    names = list(inputs)
+    want = run(lambda *x: bilinear_classify(*x, pool=pool), inputs.values(), grad)[1 + names.index(needed)]
+    inputs[needed].requires_grad_()
+    bilinear_classify(*inputs.values(), pool=pool).backward(grad)
+    torch.testing.assert_close(inputs[needed].grad, want)
+    assert all(inputs[name].grad is None for name in names if name != needed)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_repeatable_and_without_side_effects(two, dtype):
+    inputs = (
+        features(66, 9, dtype=dtype),
+        features(30, 9, dtype=dtype) if two else None,
+        *classifier(66, 30 if two else None, dtype=dtype),
+    )
+    kept = [None if x is None else x.clone() for x in inputs]
+    leaves = [x for x in inputs if x is not None]
+    for x in leaves:
+        x.requires_grad_()
+    for fn in (bilinear_classify, lambda a, b, *_: bilinear_pool(a, b)):
+        out = fn(*inputs)
+        grad = torch.randn_like(out)
+        grad_kept, out_kept = grad.clone(), out.detach().clone()
+        grads = [torch.autograd.grad(out, leaves, grad, retain_graph=True, allow_unused=True) for _ in range(2)]
+        for first, second in zip(*grads):
+            assert (first is None and second is None) or torch.equal(first, second)
+        assert torch.equal(fn(*inputs), out_kept) and torch.equal(out, out_kept) and torch.equal(grad, grad_kept)
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(inputs, kept))
+
+
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_images_do_not_meet(pool):
+    a = features(20, 3, 3, batch=4)
+    weight, bias = classifier(20)
+    together = bilinear_classify(a, None, weight, bias, pool=pool)
+    one_by_one = torch.cat([bilinear_classify(x[None], None, weight, bias, pool=pool) for x in a])
+    torch.testing.assert_close(together, one_by_one)
+
+
+def test_training_after_inference_mode():
+    # Index tables live in caches; made under inference_mode they could not be saved for backward.
+    packing.triangle_indices.cache_clear()
+    cpu._block_index.cache_clear()
+    weight = classifier(37)[0]
+    with torch.inference_mode():
+        bilinear_classify(features(37, 4), None, weight)
+        ops.unpack_symmetric(torch.randn(packing.packed_size(37)))
+    a = features(37, 4).requires_grad_()
+    bilinear_classify(a, None, weight).sum().backward()
+    assert a.grad.isfinite().all()
+    v = torch.randn(packing.packed_size(37), requires_grad=True)
+    ops.unpack_symmetric(v).sum().backward()
+    assert v.grad.isfinite().all()
+
+
+# --- hostile but finite features
+
+
+def exact(a, b, weight, pool):
+    """Logits in float64 with none of the package's care for overflow, which float64 does not need here."""
+    a = a.double()
+    b_ = a if b is None else b.double()
+    if pool == 'max':
+        products = a.unsqueeze(2) * b_.unsqueeze(1)
+        z = products.gather(3, products.argmax(3, keepdim=True)).squeeze(3)  # amax() would split gradients of ties
+    else:
+        z = a @ b_.transpose(1, 2) / (a.shape[2] if pool == 'avg' else 1)
+    y = z.sign() * ((z.abs() + 1e-10).sqrt() - 1e-10**0.5)
+    y = ops.pack_symmetric(y) if b is None else y.flatten(1)
+    return y @ weight.double().t() / y.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+HUGE = [
+    (torch.float16, 6e4),
+    (torch.float32, 3e38),
+    (torch.float32, 1e14),
+    (torch.bfloat16, 3e38),
+    (torch.float64, 1e150),
+]
+
+
+@pytest.mark.parametrize('dtype,huge', HUGE, ids=str)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_huge_features(two, pool, dtype, huge):
+    kinds = ['huge', 'ordinary', 'huge in a', 'huge in b', 'huge with dead channels', 'dead', 'huge in some channels']
+    a, b = features(24, 49, batch=7, dtype=torch.float64), features(20, 49, batch=7, dtype=torch.float64)
+    a[[0, 2, 4]] *= huge / 1.1
+    b[[0, 3, 4]] *= huge / 1.1
+    a[4, 1:9] = 0
+    a[5] = 0
+    a[6, ::2] *= huge / 1.1
+    a, b = a.to(dtype), b.to(dtype) if two else None
+    weight, _ = classifier(24, 20 if two else None, dtype=dtype)
+    want = run(lambda a, b: exact(a, b, weight, pool), double(a, b), torch.ones(7, 4))
+    got = run(lambda a, b: bilinear_classify(a, b, weight, pool=pool), (a, b), torch.ones(7, 4))
+    tolerance = TOLERANCES[dtype][0]
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for i, kind in enumerate(kinds):
+        assert deviation(got[0][i], want[0][i], at_least=1e-3) < 4 * tolerance, kind
+        for x, y in zip(got[1:], want[1:]):
+            assert x[i].isfinite().all(), kind
+            # Gradients of huge features are tiny: of subnormals only their spacing can be asked. In an image with
+            # channels 38 orders apart no more can be asked than that they are finite.
+            largest = y[i].abs().max().item()
+            error = (x[i].double() - y[i]).abs().max().item()
+            assert kind == 'huge in some channels' or error <= 10 * tolerance * largest + smallest, kind
+    assert got[0][5].eq(0).all()
+
+    z = run(lambda a, b: bilinear_pool(a, b, pool=pool), (a, b), torch.ones(7, weight.shape[1]))
+    assert all(x.isfinite().all() for x in z)
+    norms = torch.tensor([1.0, 1, 1, 1, 1, 0, 1]).double()
+    torch.testing.assert_close(z[0].double().norm(dim=1), norms, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_dead_channels_and_images(two, pool, dtype):
+    a, b = features(12, 49, dtype=dtype), features(10, 49, dtype=dtype) if two else None
+    a[0, ::2] = 0
+    a[1] = 0
+    weight, bias = classifier(12, 10 if two else None, dtype=dtype)
+    out, *grads = run(lambda *x: bilinear_classify(*x, pool=pool), (a, b, weight, bias), torch.ones(2, 4))
+    assert torch.equal(out[1], bias)
+    assert all(x.isfinite().all() for x in grads)
+    # No gradient reaches a dead image, nor a dead channel: dZ is 0 where Z is.
+    assert grads[0][1].eq(0).all() and grads[0][0, ::2].eq(0).all()
+    assert not two or grads[1][1].eq(0).all()
+    assert grads[0][0, 1::2].ne(0).any()
+    z, *grads = run(lambda *x: bilinear_pool(*x, pool=pool), (a, b), torch.ones(2, weight.shape[1]))
+    assert z[1].eq(0).all() and all(x.isfinite().all() for x in grads)
+    assert grads[0][1].eq(0).all()
+
+
+@pytest.mark.parametrize('value', [1e-4, 1e-6, 1e-20, 1e-38, 1e-45])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_tiny_features(pool, dtype, value):
+    a = (features(12, 49) * value).to(dtype)
+    weight, _ = classifier(12, dtype=dtype)
+    for x in run(lambda a, w: bilinear_classify(a, None, w, pool=pool), (a, weight), torch.ones(2, 4)):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize('value', [1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize('pool', ['avg', 'sum'])
+def test_tiny_half_precision_features(pool, value):
+    # The gradient is of order 1 / |a|, which float16 cannot hold for the smallest: finite all the same.
+    a = (features(12, 49) * value).half()
+    weight, _ = classifier(12, dtype=torch.float16)
+    for x in run(lambda a, w: bilinear_classify(a, None, w, pool=pool), (a, weight), torch.ones(2, 4)):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+@pytest.mark.parametrize('stream', [0, 1])
+def test_not_finite_features_raise(stream, pool, dtype, bad):
+    a, b = features(6, 5, dtype=dtype), features(4, 5, dtype=dtype)
+    (a, b)[stream][1, 2, 3] = bad
+    with pytest.raises(ValueError, match='Features must be finite, got inf or nan'):
+        bilinear_pool(a, b, pool=pool)
+    with pytest.raises(ValueError, match='Features must be finite, got inf or nan'):
+        bilinear_classify(a, b, classifier(6, 4, dtype=dtype)[0], pool=pool)
+    if stream == 0:
+        with pytest.raises(ValueError, match='Features must be finite'):
+            bilinear_pool(a, pool=pool)
+
+
+# --- what PyTorch asks of an op
+
+
+@pytest.mark.parametrize('average', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_opcheck(two, dtype, average):
+    a = features(6, 5, dtype=dtype).requires_grad_()
+    b = features(4, 5, dtype=dtype).requires_grad_() if two else None
+    weight = classifier(6, 4 if two else None, dtype=dtype)[0].requires_grad_()
+    torch.library.opcheck(library.bilinear_pool, (a, b, average, 1e-5))
+    torch.library.opcheck(library.bilinear_classify, (a, b, weight, average, 1e-5))
+    # The backward ops: their fake implementations, that is.
+    with torch.no_grad():
+        y, norm, scale = library.bilinear_pool(a, b, average, 1e-5)
+        torch.library.opcheck(
+            library.bilinear_pool_backward,
+            (torch.randn_like(y), y, scale, a.detach(), None if b is None else b.detach(), average, 1e-5),
+        )
+        scores, y, norm, scale = library.bilinear_classify(a, b, weight, average, 1e-5)
+        for need in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(
+                library.bilinear_classify_backward,
+                (
+                    torch.randn_like(scores),
+                    scores,
+                    y,
+                    norm,
+                    scale,
+                    a.detach(),
+                    None if b is None else b.detach(),
+                    weight.detach(),
+                    average,
+                    1e-5,
+                    *need,
+                ),
+            )
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_autocast(pool, two):
+    # As in a mixed precision step: bfloat16 features, float32 master weights.
+    a, b = features(12, 5, 5).bfloat16(), features(10, 5, 5).bfloat16() if two else None
+    weight, bias = classifier(12, 10 if two else None)
+
+    def with_autocast(*x):
+        with torch.autocast('cpu', torch.bfloat16):
+            return bilinear_classify(*x, pool=pool)
+
+    grad = torch.randn(2, 4).bfloat16()
+    got = run(with_autocast, (a, b, weight, bias), grad)
+    want = run(lambda *x: reference.bilinear_classify(*x, pool, 1e-10), double(a, b, weight, bias), grad)
+    assert [x.dtype for x in got] == [torch.bfloat16] * (3 if two else 2) + [torch.float32] * 2
+    for x, y in zip(got, want):
+        # float32 inside: only what is stored in bfloat16 is rounded to it
+        assert deviation(x, y) < TOLERANCES[x.dtype][0]
+    with torch.autocast('cpu', torch.bfloat16):
+        assert bilinear_pool(a, b, pool=pool).dtype == torch.bfloat16
+        assert bilinear_pool(a.float(), None if b is None else b.float(), pool=pool).dtype == torch.bfloat16
+        # A stream in each dtype is fine here too.
+        assert b is None or bilinear_pool(a, b.float(), pool=pool).dtype == torch.bfloat16
+
+
+def test_autocast_float32_features_keep_their_precision():
+    a = features(12, 7)
+    weight, bias = classifier(12)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = bilinear_classify(a, None, weight, bias)
+    assert torch.equal(got, bilinear_classify(a, None, weight, bias).bfloat16())
+
+
+def both(a, b, weight, bias, pool):
+    return bilinear_classify(a, b, weight, bias, pool=pool), bilinear_pool(a, b, pool=pool)
+
+
+@pytest.mark.parametrize('two,pool', [(False, 'avg'), (True, 'sum'), (False, 'max')])
+@pytest.mark.parametrize('backend', ['inductor', 'aot_eager'])
+def test_compile(backend, two, pool):
+    if backend == 'inductor' and pool == 'sum':
+        pytest.skip('one of each path is enough for the slow backend')
+    inputs = (features(12, 4, 4), features(10, 4, 4) if two else None, *classifier(12, 10 if two else None))
+    compiled = torch.compile(both, fullgraph=True, backend=backend)
+
+    def loss(fn):
+        return lambda *x: sum(out.square().sum() for out in fn(*x, pool))
+
+    for x, y in zip(run(loss(compiled), inputs, torch.ones(())), run(loss(both), inputs, torch.ones(()))):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
+def test_compile_dynamic_batch():
+    compiled = torch.compile(bilinear_classify, fullgraph=True, backend='aot_eager', dynamic=True)
+    weight, bias = classifier(12)
+    for batch, size in ((2, 4), (3, 4), (5, 6)):
+        a = features(12, size, size, batch=batch)
+        torch.testing.assert_close(compiled(a, None, weight, bias), bilinear_classify(a, None, weight, bias))
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_export(pool, two):
+
+    class Both(torch.nn.Module):
+        def forward(self, a, b, weight, bias):
+            return both(a, b, weight, bias, pool)
+
+    inputs = (features(12, 4, 4), features(10, 4, 4) if two else None, *classifier(12, 10 if two else None))
+    batch, height = torch.export.Dim('batch', min=2, max=64), torch.export.Dim('height', min=2, max=64)
+    free = {0: batch, 2: height}
+    program = torch.export.export(
+        Both(), inputs, dynamic_shapes=dict(a=free, b=free if two else None, weight=None, bias=None)
+    )
+    # The graph is for runtimes that have never heard of this package.
+    assert not [n for n in program.graph.nodes if 'timm_bilinear' in str(n.target)]
+    other = (features(12, 6, 4, batch=3), features(10, 6, 4, batch=3) if two else None, *inputs[2:])
+    for x, y in zip(program.module()(*other), both(*other, pool)):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
+def test_fast_path_is_taken(monkeypatch):
+    # All comparisons above would pass, slowly, if everything went to the reference.
+    monkeypatch.setattr(reference, 'bilinear_pool', None)
+    monkeypatch.setattr(reference, 'bilinear_classify', None)
+    a = features(6, 5)
+    weight, bias = classifier(6)
+    for pool in ('avg', 'sum'):
+        bilinear_pool(a, pool=pool)
+        bilinear_classify(a, None, weight, bias, pool=pool)
+
+
+# --- errors
+
+A, B = torch.ones(2, 6, 3, 3), torch.ones(2, 4, 3, 3)
+W, BIAS = torch.ones(5, 21), torch.ones(5)
+
+
+@pytest.mark.parametrize(
+    'args,error,message',
+    [
+        ((None,), TypeError, r"'a' must be a tensor, got NoneType"),
+        (([[1.0]],), TypeError, r"'a' must be a tensor, got list"),
+        ((A[0, 0],), ValueError, r"'a' must be .*got shape \(3, 3\)"),
+        ((A[None],), ValueError, r"'a' must be .*got shape \(1, 2, 6, 3, 3\)"),
+        ((A.long(),), TypeError, r"'a' must be floating point, got torch\.int64"),
+        ((A.bool(),), TypeError, r"'a' must be floating point, got torch\.bool"),
+        ((A.to(torch.complex64),), TypeError, r"'a' must be floating point, got torch\.complex64"),
+        ((A[:0],), ValueError, r"'a' must .*got shape \(0, 6, 3, 3\)"),
+        ((A[:, :0],), ValueError, r"'a' must .*got shape \(2, 0, 3, 3\)"),
+        ((A[:, :, :0],), ValueError, r"'a' must .*got shape \(2, 6, 0, 3\)"),
+        ((A.flatten(2)[:, :, :0],), ValueError, r"'a' must .*got shape \(2, 6, 0\)"),
+        ((A, 3.0), TypeError, r"'b' must be a tensor, got float"),
+        ((A, B[0, 0]), ValueError, r"'b' must be .*got shape \(3, 3\)"),
+        ((A, B.int()), TypeError, r"'b' must be floating point, got torch\.int32"),
+        ((A, B[:, :0]), ValueError, r"'b' must .*got shape \(2, 0, 3, 3\)"),
+        ((A, B.double()), TypeError, r"'b' must have the dtype of 'a', torch\.float32, got torch\.float64"),
+        ((A, B[:1]), ValueError, r"'b' must have the batch size of 'a', 2, got 1"),
+        ((A, B[:, :, :2]), ValueError, r"'b' must have the locations of 'a', \(3, 3\), got \(2, 3\)"),
+        ((A[:, :, :1], B[..., :1]), ValueError, r"'b' must have the locations of 'a', \(1, 3\), got \(3, 1\)"),
+        ((A, B.to('meta')), ValueError, r"'b' must have the device of 'a', cpu, got meta"),
+    ],
+)
+def test_feature_errors(args, error, message):
+    with pytest.raises(error, match=message):
+        bilinear_pool(*args)
+    with pytest.raises(error, match=message):
+        bilinear_classify(args[0], args[1] if len(args) > 1 else None, W, BIAS)
+
+
+@pytest.mark.parametrize(
+    'args,error,message',
+    [
+        ((A, None, W[:, :-1]), ValueError, r"'weight' must be \(K, 21\) for 6 channels, packed, got shape \(5, 20\)"),
+        ((A, None, torch.ones(5, 36)), ValueError, r"'weight' must be \(K, 21\) .*got shape \(5, 36\)"),
+        ((A, B, W), ValueError, r"'weight' must be \(K, 24\) for 6 x 4 channels, got shape \(5, 21\)"),
+        ((A, None, W[0]), ValueError, r"'weight' must be \(K, 21\) .*got shape \(21,\)"),
+        ((A, None, W.double()), TypeError, r"'weight' must have the dtype of 'a', torch\.float32, got torch\.float64"),
+        ((A, None, W.to('meta')), ValueError, r"'weight' must have the device of 'a', cpu, got meta"),
+        ((A, None, None), TypeError, r"'weight' must be a tensor, got NoneType"),
+        ((A, None, W.long()), TypeError, r"'weight' must have the dtype of 'a', torch\.float32, got torch\.int64"),
+        ((A, None, W, BIAS[:3]), ValueError, r"'bias' must be \(5,\), got shape \(3,\)"),
+        ((A, None, W, BIAS[:1]), ValueError, r"'bias' must be \(5,\), got shape \(1,\)"),
+        ((A, None, W, BIAS[None]), ValueError, r"'bias' must be \(5,\), got shape \(1, 5\)"),
+        (
+            (A, None, W, BIAS.double()),
+            TypeError,
+            r"'bias' must have the dtype of 'a', torch\.float32, got torch\.float64",
+        ),
+        ((A, None, W, BIAS.to('meta')), ValueError, r"'bias' must have the device of 'a', cpu, got meta"),
+    ],
+)
+def test_classifier_errors(args, error, message):
+    with pytest.raises(error, match=message):
+        bilinear_classify(*args)
+
+
+@pytest.mark.parametrize(
+    'kwargs,message',
+    [
+        (dict(pool='mean'), r"'pool' must be one of 'avg', 'sum', 'max', got 'mean'"),
+        (dict(pool=''), r"'pool' must be one of 'avg', 'sum', 'max', got ''"),
+        (dict(pool=None), r"'pool' must be one of 'avg', 'sum', 'max', got None"),
+        (dict(eps=0.0), r"'eps' must be positive and finite, got 0\.0"),
+        (dict(eps=-1e-10), r"'eps' must be positive and finite, got -1e-10"),
+        (dict(eps=math.inf), r"'eps' must be positive and finite, got inf"),
+        (dict(eps=math.nan), r"'eps' must be positive and finite, got nan"),
+    ],
+)
+def test_option_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        bilinear_pool(A, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        bilinear_classify(A, None, W, BIAS, **kwargs)
+
+
+def test_autocast_still_checks():
+    with torch.autocast('cpu', torch.bfloat16):
+        for x in (A.long(), A[:0], A[0, 0]):
+            with pytest.raises((TypeError, ValueError), match="'a' must"):
+                bilinear_pool(x)
+        with pytest.raises(ValueError, match="'weight' must be"):
+            bilinear_classify(A, None, W[:, 1:])
