@@ -3,7 +3,9 @@ import errno
 import pytest
 import timm
 import torch
+from small_models import GRIDS, ONE, create, images
 from timm.data import resolve_model_data_config
+from timm.models._hub import save_for_hf
 
 import timm_bilinear  # noqa: F401
 from timm_bilinear import hub
@@ -49,3 +51,58 @@ def test_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match='disk full'):
         hub.save_model(model, tmp_path / 'model')
     assert {p.name: p.read_bytes() for p in (tmp_path / 'model').iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(ONE, eps=1e-3),
+        dict(GRIDS, proj_dim=16, pool_type='max', in_chans=1),
+        dict(backbone_a='test_vit', num_classes=5, img_size=96),
+        dict(backbone_a='test_resnet', num_classes=0),
+    ],
+    ids=['one', 'two', 'fixed', 'headless'],
+)
+def test_save_for_hf(tmp_path, kwargs):
+    model = create(**kwargs)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    x = images(chans=kwargs.get('in_chans', 3))
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+    # Without this a saved model would be fed otherwise than it was trained.
+    config, loaded_config = resolve_model_data_config(model), resolve_model_data_config(loaded)
+    for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct') if 'in_chans' not in kwargs else ():
+        assert loaded_config[key] == config[key] or tuple(loaded_config[key]) == config[key], key
+
+
+@pytest.mark.parametrize('kwargs', [ONE, dict(GRIDS, proj_dim=16)], ids=['one', 'two'])
+def test_save_for_hf_other_classes(tmp_path, kwargs):
+    model = create(**kwargs)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=9).eval()
+    x = images()
+    with torch.inference_mode():
+        assert loaded(x).shape == (2, 9)
+        assert torch.equal(loaded.forward_features(x), model.forward_features(x))
+        loaded.reset_classifier(0)
+        assert torch.equal(loaded(x), model.forward_head(model.forward_features(x), pre_logits=True))
+
+
+def test_save_for_hf_named_model(tmp_path):
+    model = timm.create_model('bcnn_resnet18', num_classes=4).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images()
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_save_for_hf_after_reset(tmp_path):
+    model = create(**ONE)
+    model.reset_classifier(11)
+    save_for_hf(model.eval(), tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images()
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))

@@ -21,11 +21,6 @@ SIZES = {'one': 78, 'two': 120, 'projected': 21, 'two projected': 36, 'one of tw
 CHANNELS = 12
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=VARIANTS, ids=lambda v: v.replace(' ', '_'))
 def variant(request):
     return request.param

@@ -13,11 +13,6 @@ SHAPES = [(), (1,), (4,), (2, 3)]
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def symmetric(*shape, dtype=torch.float64):
     m = torch.randn(*shape, shape[-1], dtype=torch.float64)
     return (m + m.transpose(-1, -2)).to(dtype)

@@ -13,11 +13,6 @@ from timm_bilinear.ops import POOL_TYPES, reference
 EPS = [1e-10, 1e-5, 1e-2]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def naive_image(a, b, pool, eps):
     """Descriptor of one image by loops; a (Ca, N) and b (Cb, N) lists of lists, b None for a with itself."""
     symmetric, b = b is None, a if b is None else b

@@ -97,6 +97,22 @@ def _is_fast(a: torch.Tensor, pool: str) -> bool:
     return pool != 'max' and a.device.type == 'cpu' and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
 
 
+class _Widen(torch.autograd.Function):
+    """float16 to float32; where float16 cannot hold the gradient it is the largest it can."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad.clamp(-65504.0, 65504.0).half()
+
+
+def _reference_features(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    return _Widen.apply(x) if x is not None and x.dtype == torch.float16 and x.requires_grad else x
+
+
 def _check_finite(out: torch.Tensor):
     """The error of the fast path, for what it leaves to the reference."""
     eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
@@ -139,7 +155,7 @@ def bilinear_pool(
         if _is_fast(a, pool):
             y, *_ = library.bilinear_pool(a.flatten(2), None if b is None else b.flatten(2), pool == 'avg', eps)
             return F.normalize(y, dim=1, eps=1e-12).to(dtype)
-        z = reference.bilinear_pool(a, b, pool, eps)
+        z = reference.bilinear_pool(_reference_features(a), _reference_features(b), pool, eps)
     _check_finite(z)
     return z.to(dtype)
 
@@ -183,6 +199,7 @@ def bilinear_classify(
             b = None if b is None else b.flatten(2)
             logits, *_ = library.bilinear_classify(a.flatten(2), b, weight, pool == 'avg', eps)
             return (logits if bias is None else logits + bias).to(dtype)
+        a, b = _reference_features(a), _reference_features(b)
         logits = reference.bilinear_classify(a, b, weight, bias, pool, eps)
     _check_finite(logits)
     return logits.to(dtype)

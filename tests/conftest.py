@@ -1,0 +1,19 @@
+import gc
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+
+@pytest.fixture(autouse=True)
+def offline_and_seeded(monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)  # the client's own switch: no test reaches for the network
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def clean_up():
+    """For tests of whole models and compilers, whose memory and caches would add up."""
+    yield
+    torch._dynamo.reset()
+    gc.collect()
