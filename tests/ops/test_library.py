@@ -7,43 +7,49 @@ from op_cases import TOLERANCES, classifier, deviation, double, features, run
 from timm_bilinear import ops
 from timm_bilinear.ops import bilinear_classify, bilinear_pool, library, reference
 
+# opcheck's tests of an op that has no derivative
+FORWARD_ONLY = ('test_schema', 'test_faketensor')
+
 pytestmark = pytest.mark.usefixtures('clean_up')
 
 
-@pytest.mark.parametrize('average', [True, False])
+@pytest.mark.parametrize('pool', ['avg', 'sum'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
-def test_opcheck(two, dtype, average):
-    a = features(6, 5, dtype=dtype).requires_grad_()
-    b = features(4, 5, dtype=dtype).requires_grad_() if two else None
-    weight = classifier(6, 4 if two else None, dtype=dtype)[0].requires_grad_()
-    torch.library.opcheck(library.bilinear_pool, (a, b, average, 1e-5))
-    torch.library.opcheck(library.bilinear_classify, (a, b, weight, average, 1e-5))
-    # The backward ops: their fake implementations, that is.
-    with torch.no_grad():
-        y, norm, scale = library.bilinear_pool(a, b, average, 1e-5)
+def test_opcheck(two, dtype, pool):
+    a, b = features(6, 5, dtype=dtype), features(4, 5, dtype=dtype) if two else None
+    weight, bias = classifier(6, 4 if two else None, dtype=dtype)
+    # The backward ops: their fake implementations, that is. In the layout of channels_last too, which gradients keep.
+    for layout in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        a, b = layout(a), b if b is None else layout(b)
+        y, _, scale = library.bilinear_pool(a, b, pool, 1e-5)
         torch.library.opcheck(
-            library.bilinear_pool_backward,
-            (torch.randn_like(y), y, scale, a.detach(), None if b is None else b.detach(), average, 1e-5),
+            library.bilinear_pool_backward, (torch.randn_like(y), y, scale, a, b, pool, 1e-5), test_utils=FORWARD_ONLY
         )
-        scores, y, norm, scale = library.bilinear_classify(a, b, weight, average, 1e-5)
+        logits, *kept = library.bilinear_classify(a, b, weight, bias, pool, 1e-5, False)
         for need in ((True, True), (True, False), (False, True)):
             torch.library.opcheck(
                 library.bilinear_classify_backward,
-                (
-                    torch.randn_like(scores),
-                    scores,
-                    y,
-                    norm,
-                    scale,
-                    a.detach(),
-                    None if b is None else b.detach(),
-                    weight.detach(),
-                    average,
-                    1e-5,
-                    *need,
-                ),
+                (torch.randn_like(logits), *kept, a, b, weight, pool, 1e-5, *need),
+                test_utils=FORWARD_ONLY,
             )
+    for x in (a, b, weight, bias):
+        if x is not None:
+            x.requires_grad_()
+    torch.library.opcheck(library.bilinear_pool, (a, b, pool, 1e-5))
+    for recompute in (False, True):
+        torch.library.opcheck(library.bilinear_classify, (a, b, weight, bias, pool, 1e-5, recompute))
+
+
+def test_direct_calls_ignore_autocast():
+    a = features(6, 5).requires_grad_()
+    weight, bias = classifier(6)
+    want = library.bilinear_classify(a, None, weight, bias, 'avg', 1e-5, False)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = library.bilinear_classify(a, None, weight, bias, 'avg', 1e-5, False)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+    grads = [torch.autograd.grad(x[0].sum(), a)[0] for x in (got, want)]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])

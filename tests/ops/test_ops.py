@@ -1,10 +1,12 @@
 """The public ops: every path against the definition in float64, gradients, errors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from op_cases import DTYPES, TOLERANCES, classifier, deviation, double, features, run
+from small_models import saved_shapes
 from torch.autograd import gradcheck
 
 from timm_bilinear import ops
@@ -164,11 +166,25 @@ def test_gradcheck_across_blocks():
     assert gradcheck(bilinear_pool, (a,), fast_mode=True)
 
 
-def test_second_order_is_an_error_not_wrong():
+@pytest.mark.parametrize('fn', [bilinear_pool, lambda a: bilinear_classify(a, None, torch.ones(2, 15))])
+def test_second_order_is_an_error_not_wrong(fn):
     a = features(5, 4).requires_grad_()
-    (grad,) = torch.autograd.grad(bilinear_pool(a).square().sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError):
+    (grad,) = torch.autograd.grad(fn(a).square().sum(), a, create_graph=True)
+    with pytest.raises(NotImplementedError, match='no second derivatives'):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_recompute(two):
+    inputs = features(12, 5), features(10, 5) if two else None, *classifier(12, 10 if two else None)
+    grad = torch.randn(2, 4)
+    results, kept = [], []
+    for recompute in (False, True):
+        with saved_shapes() as shapes:
+            results.append(run(partial(bilinear_classify, recompute=recompute), inputs, grad))
+        kept.append((2, descriptor_size(12, 10 if two else None)) in shapes)
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+    assert kept == [True, False]
 
 
 @pytest.mark.parametrize('needed', ['a', 'b', 'weight', 'bias'])

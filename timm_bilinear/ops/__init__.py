@@ -1,7 +1,9 @@
 """Bilinear pooling of feature maps: argument checks, and dispatch to the fastest path for the device."""
 
+import importlib.util
+import logging
 from contextlib import nullcontext
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ __all__ = [
     'unfold_symmetric_weight',
     'POOL_TYPES',
 ]
+
+_logger = logging.getLogger(__name__)
 
 POOL_TYPES = ('avg', 'sum', 'max')
 
@@ -92,9 +96,37 @@ def _check(
         raise ValueError(f"'eps' must be positive and finite, got {eps}.")
 
 
+@torch.compiler.assume_constant_result
+def _has_kernels(index: int) -> bool:
+    """Whether the kernels run on this GPU; if not, a debug line says why."""
+    why = None
+    if importlib.util.find_spec('triton') is None:
+        why = 'Triton is not installed'
+    elif torch.version.hip is not None:
+        why = 'the kernels are not tested on ROCm'
+    elif torch.cuda.get_device_capability(index) < (8, 0):
+        why = f'{torch.cuda.get_device_name(index)} is older than compute capability 8.0'
+    if why is not None:
+        _logger.debug(f'Bilinear pooling takes its reference path on cuda:{index}: {why}.')
+    return why is None
+
+
 def _is_fast(a: torch.Tensor, pool: str) -> bool:
     """Whether a fast path takes this call. Graphs that leave PyTorch get the reference, made of its ops alone."""
-    return pool != 'max' and a.device.type == 'cpu' and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if a.device.type == 'cuda':
+        return a.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_kernels(a.device.index)
+    return a.device.type == 'cpu' and pool != 'max'
+
+
+def _streams(a: torch.Tensor, b: Optional[torch.Tensor]) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """(B, C, N) features, of one dtype, which autocast may not have given them."""
+    a = a.flatten(2)
+    if b is None:
+        return a, None
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.flatten(2).to(dtype)
 
 
 class _Widen(torch.autograd.Function):
@@ -153,8 +185,8 @@ def bilinear_pool(
     dtype = _autocast_dtype(a.device.type) or a.dtype
     with _without_autocast(a.device.type):
         if _is_fast(a, pool):
-            y, *_ = library.bilinear_pool(a.flatten(2), None if b is None else b.flatten(2), pool == 'avg', eps)
-            return F.normalize(y, dim=1, eps=1e-12).to(dtype)
+            y, *_ = library.bilinear_pool(*_streams(a, b), pool, eps)
+            return F.normalize(y.to(reference.compute_dtype(y.dtype)), dim=1, eps=1e-12).to(dtype)
         z = reference.bilinear_pool(_reference_features(a), _reference_features(b), pool, eps)
     _check_finite(z)
     return z.to(dtype)
@@ -168,6 +200,7 @@ def bilinear_classify(
     *,
     pool: str = 'avg',
     eps: float = 1e-10,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """Logits of a linear classifier on bilinear descriptors, `F.linear(bilinear_pool(a, b), weight, bias)`, fused.
 
@@ -182,6 +215,7 @@ def bilinear_classify(
         bias: (K,) or None.
         pool: 'avg', 'sum' or 'max' over locations.
         eps: Offset under the square root, > 0.
+        recompute: Keep no descriptors for backward, (B, D), and make them again there.
 
     Returns:
         (B, K) in the dtype of `a` or of autocast.
@@ -196,9 +230,8 @@ def bilinear_classify(
     dtype = _autocast_dtype(a.device.type) or a.dtype
     with _without_autocast(a.device.type):
         if _is_fast(a, pool):
-            b = None if b is None else b.flatten(2)
-            logits, *_ = library.bilinear_classify(a.flatten(2), b, weight, pool == 'avg', eps)
-            return (logits if bias is None else logits + bias).to(dtype)
+            logits, *_ = library.bilinear_classify(*_streams(a, b), weight, bias, pool, eps, recompute)
+            return logits.to(dtype)
         a, b = _reference_features(a), _reference_features(b)
         logits = reference.bilinear_classify(a, b, weight, bias, pool, eps)
     _check_finite(logits)

@@ -1,4 +1,4 @@
-"""The CPU path of average and sum pooling: a `torch.library` op from features to unnormalised packed descriptors.
+"""The CPU path of average and sum pooling: from features to unnormalised packed descriptors, to logits, and back.
 
 Image by image, so that everything between the features and the packed descriptor stays in the core's cache:
 
@@ -10,8 +10,6 @@ Image by image, so that everything between the features and the packed descripto
 
 Packed off-diagonals are sqrt(2) Y = sqrt(2 |Z| + 2 eps) - sqrt(2 eps): the same formulas with 2 Z and 2 eps for Z and
 eps. So the whole packed vector is treated as off-diagonal and the C entries of the diagonal are put right.
-
-The L2 norm follows in `library.py`; it commutes with the classifier, and its gradient needs no reduction over D.
 """
 
 import math
@@ -23,7 +21,7 @@ import torch
 from .packing import packed_size, triangle_indices
 from .reference import compute_dtype
 
-__all__ = ['forward', 'backward', 'linear']
+__all__ = ['backward', 'classify', 'classify_backward', 'forward', 'linear']
 
 # Rows of a block of the triangle: smaller ones skip more of the product, larger ones multiply faster.
 _BLOCK = 128
@@ -116,7 +114,7 @@ def _largest(x: torch.Tensor, i: int) -> float:
 def forward(
     a: torch.Tensor,
     b: Optional[torch.Tensor],
-    average: bool,
+    pool: str,
     eps: float,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unnormalised descriptors.
@@ -124,7 +122,7 @@ def forward(
     Args:
         a: (B, Ca, N) features, any strides, any floating-point dtype.
         b: (B, Cb, N) features of the second stream, or None for the symmetric, packed case.
-        average: Divide by N ('avg' pooling), or not ('sum').
+        pool: 'avg' or 'sum'.
         eps: Offset under the root.
 
     Returns:
@@ -138,7 +136,7 @@ def forward(
     size = packed_size(channels) if b is None else channels * b.shape[1]
     y = a.new_empty(batch, size, dtype=compute_dtype(a.dtype))
     scale = y.new_ones(batch, 2)
-    divisor = locations if average else 1
+    divisor = locations if pool == 'avg' else 1
 
     def one(i: int):
         s, t = scale[i].tolist()
@@ -162,7 +160,7 @@ def backward(
     scale: torch.Tensor,
     a: torch.Tensor,
     b: Optional[torch.Tensor],
-    average: bool,
+    pool: str,
     eps: float,
 ) -> List[torch.Tensor]:
     """Gradients of the features from that of the unnormalised descriptors.
@@ -170,13 +168,13 @@ def backward(
     Args:
         grad: (B, D), compute dtype.
         y, scale: As `forward` returned them.
-        a, b, average, eps: As `forward` took them.
+        a, b, pool, eps: As `forward` took them.
 
     Returns:
-        Gradients of a and, if there is one, of b; contiguous, in the features' dtype.
+        Gradients of a and, if there is one, of b, in their dtype and layout.
     """
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b) if x is not None]
-    divisor = a.shape[2] if average else 1
+    grads = [torch.empty_like(x) for x in (a, b) if x is not None]
+    divisor = a.shape[2] if pool == 'avg' else 1
     for i, (s, t) in enumerate(scale.tolist()):
         b_i = None if b is None else _image(b, i, t)
         image_grads = _backward_image(grad[i], y[i], _image(a, i, s), b_i, divisor, eps / s / t)
@@ -186,4 +184,50 @@ def backward(
             if out.dtype == torch.float16:  # of tiny features float16 cannot hold the gradient
                 image_grad = image_grad.clamp(-65504.0, 65504.0)
             out[i] = image_grad
+    return grads
+
+
+def classify(
+    a: torch.Tensor,
+    b: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    pool: str,
+    eps: float,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (B, K) in the dtype of a; scores, which are logits before the bias; then what `forward` returns."""
+    y, norm, scale = forward(a, b, pool, eps)
+    # The weight is by far the larger operand, and fastest where oneDNN takes it as the input.
+    scores = linear(weight.to(y.dtype), y).t().div(norm.unsqueeze(1)).contiguous()
+    logits = scores.clone() if bias is None else scores + bias
+    return logits.to(a.dtype), scores, y, norm, scale
+
+
+def classify_backward(
+    grad: torch.Tensor,
+    scores: torch.Tensor,
+    y: torch.Tensor,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    a: torch.Tensor,
+    b: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    pool: str,
+    eps: float,
+    need_features: bool,
+    need_weight: bool,
+) -> List[torch.Tensor]:
+    """Gradients of a and b, if needed, then of the weight, if needed, from that of the logits, grad (B, K)."""
+    grads = []
+    grad_by_norm = grad / norm.unsqueeze(1)
+    if need_features:
+        grad_y = linear(grad_by_norm, weight.to(y.dtype).t())
+        # The norm's part; where the norm was clamped it is a constant.
+        along = torch.where(norm > 1e-12, (grad_by_norm * scores).sum(1) / norm, 0.0)
+        for i, alpha in enumerate(along.tolist()):
+            grad_y[i].sub_(y[i], alpha=alpha)
+        grads += backward(grad_y, y, scale, a, b, pool, eps)
+        del grad_y
+    if need_weight:
+        grads.append(torch.mm(grad_by_norm.t(), y).to(weight.dtype))
     return grads

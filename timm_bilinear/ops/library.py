@@ -1,10 +1,10 @@
-"""The fast paths as `torch.library` ops: what autograd, torch.compile and AMP see of them.
+"""The fast paths as `torch.library` ops: what autograd, autocast, torch.compile and the dispatcher see of them.
 
     timm_bilinear::bilinear_pool        features -> unnormalised descriptors
-    timm_bilinear::bilinear_classify    features, weight -> scores (logits before the bias)
+    timm_bilinear::bilinear_classify    features, weight, bias -> logits
 
-With u = W^T g for a gradient g of the scores and r = 1 / ||Y||: z.u = scores.g, so the gradient of the descriptor,
-dY = r (u - z (z.u)), needs no reduction over D.
+Both run by `cpu.py` on the CPU and by `triton.py` on the GPU. With u = W^T g for a gradient g of the logits and
+r = 1 / ||Y||: z.u = (logits - b).g, so the gradient of the descriptor, dY = r (u - z (z.u)), needs no reduction over D.
 """
 
 from typing import List, Optional, Tuple
@@ -16,43 +16,60 @@ from . import cpu
 from .packing import packed_size
 from .reference import compute_dtype
 
-__all__ = ['bilinear_pool', 'bilinear_classify']
+__all__ = ['bilinear_classify', 'bilinear_pool']
 
 
-@torch.library.custom_op('timm_bilinear::bilinear_pool', mutates_args=(), device_types='cpu')
-def bilinear_pool(a: Tensor, b: Optional[Tensor], average: bool, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
-    """See `cpu.forward`."""
-    return cpu.forward(a, b, average, eps)
+def _path(x: Tensor):
+    if x.device.type == 'cpu':
+        return cpu
+    from . import triton  # not everywhere installed, nor needed
+
+    return triton
+
+
+def _fake_descriptors(a: Tensor, b: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    size = packed_size(a.shape[1]) if b is None else a.shape[1] * b.shape[1]
+    dtype = compute_dtype(a.dtype)
+    y = a.new_empty(a.shape[0], size, dtype=dtype if a.device.type == 'cpu' else a.dtype)
+    return y, a.new_empty(a.shape[0], dtype=dtype), a.new_empty(a.shape[0], 2, dtype=dtype)
+
+
+def _fake_gradients(*inputs: Optional[Tensor]) -> List[Tensor]:
+    return [torch.empty_like(x) for x in inputs if x is not None]
+
+
+@torch.library.custom_op('timm_bilinear::bilinear_pool', mutates_args=(), device_types=('cpu', 'cuda'))
+def bilinear_pool(a: Tensor, b: Optional[Tensor], pool: str, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """See `forward` of the device's path."""
+    return _path(a).forward(a, b, pool, eps)
 
 
 @bilinear_pool.register_fake
-def _(a, b, average, eps):
-    size = packed_size(a.shape[1]) if b is None else a.shape[1] * b.shape[1]
-    y = a.new_empty(a.shape[0], size, dtype=compute_dtype(a.dtype))
-    return y, y.new_empty(a.shape[0]), y.new_empty(a.shape[0], 2)
+def _(a, b, pool, eps):
+    return _fake_descriptors(a, b)
 
 
-@torch.library.custom_op('timm_bilinear::bilinear_pool_backward', mutates_args=(), device_types='cpu')
+@torch.library.custom_op('timm_bilinear::bilinear_pool_backward', mutates_args=(), device_types=('cpu', 'cuda'))
 def bilinear_pool_backward(
     grad: Tensor,
     y: Tensor,
     scale: Tensor,
     a: Tensor,
     b: Optional[Tensor],
-    average: bool,
+    pool: str,
     eps: float,
 ) -> List[Tensor]:
-    """See `cpu.backward`."""
-    return cpu.backward(grad, y, scale, a, b, average, eps)
+    """See `backward` of the device's path."""
+    return _path(a).backward(grad, y, scale, a, b, pool, eps)
 
 
 @bilinear_pool_backward.register_fake
-def _(grad, y, scale, a, b, average, eps):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b) if x is not None]
+def _(grad, y, scale, a, b, pool, eps):
+    return _fake_gradients(a, b)
 
 
 def _pool_setup(ctx, inputs, output):
-    a, b, ctx.average, ctx.eps = inputs
+    a, b, ctx.pool, ctx.eps = inputs
     y, norm, scale = output
     ctx.mark_non_differentiable(norm, scale)
     ctx.set_materialize_grads(False)
@@ -63,36 +80,32 @@ def _pool_backward(ctx, grad, _norm, _scale):
     a, b, y, scale = ctx.saved_tensors
     if grad is None:
         return None, None, None, None
-    grads = torch.ops.timm_bilinear.bilinear_pool_backward(grad, y, scale, a, b, ctx.average, ctx.eps)
+    grads = torch.ops.timm_bilinear.bilinear_pool_backward(grad, y, scale, a, b, ctx.pool, ctx.eps)
     return grads[0], None if b is None else grads[1], None, None
 
 
-bilinear_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
-
-
-@torch.library.custom_op('timm_bilinear::bilinear_classify', mutates_args=(), device_types='cpu')
+@torch.library.custom_op('timm_bilinear::bilinear_classify', mutates_args=(), device_types=('cpu', 'cuda'))
 def bilinear_classify(
     a: Tensor,
     b: Optional[Tensor],
     weight: Tensor,
-    average: bool,
+    bias: Optional[Tensor],
+    pool: str,
     eps: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores (B, K) in the compute dtype, then what `cpu.forward` returns."""
-    y, norm, scale = cpu.forward(a, b, average, eps)
-    # The weight is by far the larger operand, and fastest where oneDNN takes it as the input.
-    scores = cpu.linear(weight.to(y.dtype), y).t().div(norm.unsqueeze(1))
-    return scores.contiguous(), y, norm, scale
+    recompute: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `classify` of the device's path; `recompute` keeps no descriptors for backward, which makes them again."""
+    return _path(a).classify(a, b, weight, bias, pool, eps)
 
 
 @bilinear_classify.register_fake
-def _(a, b, weight, average, eps):
-    size = weight.shape[1]
-    y = a.new_empty(a.shape[0], size, dtype=compute_dtype(a.dtype))
-    return y.new_empty(a.shape[0], weight.shape[0]), y, y.new_empty(a.shape[0]), y.new_empty(a.shape[0], 2)
+def _(a, b, weight, bias, pool, eps, recompute):
+    y, norm, scale = _fake_descriptors(a, b)
+    logits = a.new_empty(a.shape[0], weight.shape[0])
+    return logits, logits.new_empty(logits.shape, dtype=norm.dtype), y, norm, scale
 
 
-@torch.library.custom_op('timm_bilinear::bilinear_classify_backward', mutates_args=(), device_types='cpu')
+@torch.library.custom_op('timm_bilinear::bilinear_classify_backward', mutates_args=(), device_types=('cpu', 'cuda'))
 def bilinear_classify_backward(
     grad: Tensor,
     scores: Tensor,
@@ -102,52 +115,70 @@ def bilinear_classify_backward(
     a: Tensor,
     b: Optional[Tensor],
     weight: Tensor,
-    average: bool,
+    pool: str,
     eps: float,
     need_features: bool,
     need_weight: bool,
 ) -> List[Tensor]:
-    """Gradients of the features (as many as there are) if needed, then of the weight if needed."""
-    grads = []
-    grad_by_norm = grad / norm.unsqueeze(1)
-    if need_features:
-        grad_y = cpu.linear(grad_by_norm, weight.to(y.dtype).t())
-        # The norm's part; where the norm was clamped it is a constant.
-        along = torch.where(norm > 1e-12, (grad_by_norm * scores).sum(1) / norm, 0.0)
-        for i, alpha in enumerate(along.tolist()):
-            grad_y[i].sub_(y[i], alpha=alpha)
-        grads += cpu.backward(grad_y, y, scale, a, b, average, eps)
-        del grad_y
-    if need_weight:
-        grads.append(torch.mm(grad_by_norm.t(), y).to(weight.dtype))
-    return grads
+    """See `classify_backward` of the device's path."""
+    return _path(a).classify_backward(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight)
 
 
 @bilinear_classify_backward.register_fake
-def _(grad, scores, y, norm, scale, a, b, weight, average, eps, need_features, need_weight):
-    grads = [a, b] * need_features + [weight] * need_weight
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads if x is not None]
+def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight):
+    return _fake_gradients(*[a, b] * need_features, *[weight] * need_weight)
 
 
 def _classify_setup(ctx, inputs, output):
-    a, b, weight, ctx.average, ctx.eps = inputs
-    scores, y, norm, scale = output
-    ctx.mark_non_differentiable(y, norm, scale)
+    a, b, weight, bias, ctx.pool, ctx.eps, ctx.recompute = inputs
+    _, scores, y, norm, scale = output
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(scores, y, norm, scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(scores, y, norm, scale, a, b, weight)
+    ctx.save_for_backward(a, b, weight, scores, *(() if ctx.recompute else (y, norm, scale)))
 
 
-def _classify_backward(ctx, grad, _y, _norm, _scale):
-    need_features, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
+def _classify_backward(ctx, grad, *_):
+    a, b, weight, scores, *descriptors = ctx.saved_tensors
     if grad is None:
-        return None, None, None, None, None
+        return (None,) * 7
+    if ctx.recompute:
+        with torch.no_grad():
+            descriptors = torch.ops.timm_bilinear.bilinear_pool(a, b, ctx.pool, ctx.eps)
+    need_features, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
     grads = torch.ops.timm_bilinear.bilinear_classify_backward(
-        grad, *ctx.saved_tensors, ctx.average, ctx.eps, need_features, need_weight
+        grad, scores, *descriptors, a, b, weight, ctx.pool, ctx.eps, need_features, need_weight
     )
     grad_weight = grads.pop() if need_weight else None
+    grad_bias = grad.sum(0, dtype=scores.dtype).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
     grad_a = grads[0] if need_features else None
     grad_b = grads[1] if len(grads) > 1 else None
-    return grad_a, grad_b, grad_weight, None, None
+    return grad_a, grad_b, grad_weight, grad_bias, None, None, None
 
 
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        'Bilinear pooling has no second derivatives; differentiate timm_bilinear.ops.reference twice instead.'
+    )
+
+
+bilinear_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
 bilinear_classify.register_autograd(_classify_backward, setup_context=_classify_setup)
+bilinear_pool_backward.register_autograd(_no_second_derivative)
+bilinear_classify_backward.register_autograd(_no_second_derivative)
+
+# Autocast changes nothing within the ops: half-precision features are multiplied as they are, all else is float32.
+_autocast = torch.library.Library('timm_bilinear', 'FRAGMENT')
+
+
+def _ignore_autocast(op, device_type: str):
+    def run(*args):
+        with torch.autocast(device_type, enabled=False):
+            return op._opoverload(*args)
+
+    _autocast.impl(op._name, run, f'Autocast{device_type.upper()}')
+
+
+for _device_type in ('cpu', 'cuda'):
+    for _op in (bilinear_pool, bilinear_pool_backward, bilinear_classify, bilinear_classify_backward):
+        _ignore_autocast(_op, _device_type)

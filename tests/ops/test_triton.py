@@ -1,0 +1,226 @@
+"""The GPU's kernels in Triton's interpreter, through the public ops, against the definition in float64."""
+
+import pytest
+import torch
+from op_cases import classifier, deviation, double, features, run
+
+from timm_bilinear import ops
+from timm_bilinear.ops import bilinear_classify, bilinear_pool, library, reference, triton, triton_forward
+
+# Channels of a, of b (None: a with itself) and locations: none a multiple of a tile, but for 512.
+SHAPES = [
+    (1, None, 1),
+    (1, None, 49),
+    (3, None, 1),
+    (3, None, 784),
+    (65, None, 1),
+    (65, None, 49),
+    (65, None, 196),
+    (130, None, 70),
+    (512, None, 1),
+    (512, None, 49),
+    (1, 1, 49),
+    (1, 65, 1),
+    (3, 5, 49),
+    (65, 3, 196),
+    (65, 130, 49),
+]
+# Largest deviation from float64, relative to the largest entry: logits, then gradients. Descriptors and u are rounded
+# to half precision on the way, and the interpreter cuts bfloat16 off where the GPU rounds it.
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2**-6, 2**-5), torch.float16: (2**-9, 2**-8)}
+DTYPES = list(TOLERANCES)
+LAYOUTS = {
+    'NCHW': lambda x: x,
+    'channels_last': lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    'slice': lambda x: torch.cat([torch.full_like(x, torch.nan), x, torch.full_like(x, torch.nan)], 1)[
+        :, x.shape[1] : -x.shape[1]
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """The public ops take the kernels on the CPU."""
+    monkeypatch.setattr(library, '_path', lambda x: triton)
+    monkeypatch.setattr(ops, '_is_fast', lambda a, pool: True)
+    monkeypatch.setattr(reference, 'bilinear_pool', None)
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+def compare(inputs, pool, dtype, eps=1e-10, factor=1.0):
+    a, _, weight, _ = inputs
+    tolerance, grad_tolerance = TOLERANCES[dtype]
+    grad = torch.randn(a.shape[0], len(weight)).to(dtype)
+    got = run(lambda *x: bilinear_classify(*x, pool=pool, eps=eps), inputs, grad)
+    want = run(lambda *x: reference.bilinear_classify(*x, pool, eps), double(*inputs), grad)
+    assert {x.dtype for x in got} == {dtype}
+    out, *grad_features, grad_weight, grad_bias = zip(got, want)
+    u = (grad.double() @ weight.double()).abs().max().item()
+    assert deviation(*out) < tolerance
+    assert deviation(*grad_weight) < grad_tolerance and deviation(*grad_bias) < grad_tolerance
+    for x in grad_features:
+        # Of u - z (z.u) nothing is left in a 1 x 1 descriptor, and little in small ones: compare to u / |a|.
+        assert deviation(*x, at_least=10 * u if a.shape[1] == 1 else u) < factor * grad_tolerance
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+@pytest.mark.parametrize('channels,channels_b,locations', SHAPES)
+def test_against_float64(channels, channels_b, locations, pool, dtype):
+    if pool == 'max' and channels * (channels_b or channels) * locations > 2e5:
+        pytest.skip('a minute each in the interpreter')
+    a = features(channels, locations, dtype=dtype)
+    b = None if channels_b is None else features(channels_b, locations, dtype=dtype)
+    compare((a, b, *classifier(channels, channels_b, dtype=dtype)), pool, dtype)
+
+
+def test_against_float64_at_full_size():
+    compare((features(512, 784, batch=1), None, *classifier(512)), 'avg', torch.float32)
+
+
+@pytest.mark.parametrize('small', [triton_forward.HALF_SMALL, triton_forward.FLOAT_SMALL], ids=['half', 'float'])
+@pytest.mark.parametrize('channels_b', [None, 40])
+def test_small_tiles(monkeypatch, small, channels_b):
+    monkeypatch.setattr(triton_forward, '_is_small', lambda programs, device: True)
+    dtype = torch.bfloat16 if small is triton_forward.HALF_SMALL else torch.float32
+    a, b = features(65, 49, dtype=dtype), None if channels_b is None else features(channels_b, 49, dtype=dtype)
+    compare((a, b, *classifier(65, channels_b, dtype=dtype)), 'avg', dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('pool', ['avg', 'max'])
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_layouts(two, pool, dtype, layout):
+    a, b = features(20, 30, dtype=dtype), features(35, 30, dtype=dtype) if two else None
+    weight, bias = classifier(20, 35 if two else None, dtype=dtype)
+    grad = torch.randn(2, 4)
+    want = run(lambda *x: bilinear_classify(*x, pool=pool), (a, b, weight, bias), grad)
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in (a, b)]
+    laid_out = [None if x is None else layout(x) for x in leaves]
+    for x in laid_out:
+        assert x is None or x.stride() != a.stride() or layout is LAYOUTS['NCHW']
+    got = bilinear_classify(*laid_out, weight, bias, pool=pool)
+    assert torch.equal(got, want[0])
+    for x, y in zip(torch.autograd.grad(got, [x for x in leaves if x is not None], grad.to(dtype)), want[1:]):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_pool(dtype, two, pool):
+    a, b = features(20, 30, dtype=dtype), features(35, 30, dtype=dtype) if two else None
+    grad = torch.randn(2, ops.descriptor_size(20, 35 if two else None)).to(dtype)
+    got = run(lambda *x: bilinear_pool(*x, pool=pool), (a, b), grad)
+    want = run(
+        lambda *x: reference.bilinear_classify(*x, torch.eye(grad.shape[1]).double(), None, pool, 1e-10),
+        double(a, b),
+        grad,
+    )
+    tolerance, grad_tolerance = TOLERANCES[dtype]
+    assert deviation(got[0], want[0]) < tolerance
+    torch.testing.assert_close(got[0].double().norm(dim=1), torch.ones(2).double(), atol=tolerance, rtol=0)
+    for x, y in zip(got[1:], want[1:]):
+        assert deviation(x, y, at_least=1.0) < grad_tolerance
+
+
+@pytest.mark.parametrize('eps', [1e-5, 1e-2])
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_eps(two, eps):
+    # Where eps matters: zero-mean features, with products of every size down to 0, and slopes to match.
+    a, b = torch.randn(2, 20, 30), torch.randn(2, 35, 30) if two else None
+    compare((a, b, *classifier(20, 35 if two else None)), 'avg', torch.float32, eps, factor=10)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_repeatable(dtype):
+    inputs = features(65, 49, dtype=dtype), None, *classifier(65, dtype=dtype)
+    first, second = (run(bilinear_classify, inputs, torch.ones(2, 4)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+def test_no_bias_and_frozen_parts():
+    a, (weight, _) = features(20, 30).requires_grad_(), classifier(20)
+    want = run(
+        lambda a, w: reference.bilinear_classify(a, None, w, None, 'avg', 1e-10), double(a, weight), torch.ones(2, 4)
+    )
+    logits = bilinear_classify(a, None, weight)
+    (grad,) = torch.autograd.grad(logits.sum(), a)
+    assert deviation(logits.detach(), want[0]) < 1e-5 and deviation(grad, want[1]) < 1e-5
+    weight.requires_grad_()
+    (grad,) = torch.autograd.grad(bilinear_classify(a.detach(), None, weight).sum(), weight)
+    assert deviation(grad, want[2]) < 1e-5
+
+
+def test_many_classes():
+    compare((features(6, 10), None, *classifier(6, num_classes=2500)), 'avg', torch.float32)
+
+
+# --- hostile but finite features
+
+
+@pytest.mark.parametrize(
+    'dtype,huge', [(torch.float16, 6e4), (torch.float16, 1e-6), (torch.bfloat16, 3e38), (torch.float32, 3e38)], ids=str
+)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_out_of_range_features(two, pool, dtype, huge):
+    a, b = features(24, 49, batch=6, dtype=torch.float64), features(20, 49, batch=6, dtype=torch.float64)
+    a[[0, 2, 4]] *= huge / 1.1
+    b[[0, 3, 4]] *= huge / 1.1
+    a[4, 1:9] = 0
+    a[5] = 0
+    a, b = a.to(dtype), b.to(dtype) if two else None
+    weight, bias = classifier(24, 20 if two else None, dtype=dtype)
+    want = run(lambda *x: reference.bilinear_classify(*x, pool, 1e-10), double(a, b, weight, bias), torch.ones(6, 4))
+    got = run(lambda *x: bilinear_classify(*x, pool=pool), (a, b, weight, bias), torch.ones(6, 4))
+    tolerance, grad_tolerance = TOLERANCES[dtype]
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert all(x.isfinite().all() for x in got)
+    assert deviation(got[0], want[0]) < tolerance and deviation(got[-2], want[-2]) < 2 * grad_tolerance
+    assert torch.equal(got[0][5], bias) and got[1][5].eq(0).all() and got[1][4, 1:9].eq(0).all()
+    for x, y in zip(got[1:-2], want[1:-2]):
+        # gradients of huge features are subnormal, those of the tiniest beyond float16
+        y = y.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+        for i in range(5):
+            error = (x[i].double() - y[i]).abs().max()
+            assert error <= 2 * grad_tolerance * y[i].abs().max() + 2 * smallest
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+@pytest.mark.parametrize('pool', ['avg', 'max'])
+def test_not_finite_features_show(pool, bad, dtype):
+    # Nothing on the GPU can raise without waiting for it; a GradScaler, or whoever looks at the loss, must see it.
+    a = features(20, 30, dtype=dtype)
+    a[1, 3, 7] = bad
+    z = bilinear_pool(a, pool=pool)
+    logits = bilinear_classify(a, None, *classifier(20, dtype=dtype), pool=pool)
+    assert z[0].isfinite().all() and logits[0].isfinite().all()
+    assert z[1].isnan().any() and logits[1].isnan().all()
+
+
+def test_grad_scaler():
+    # Half precision training with one dead channel and one saturated: the scaled step is the unscaled one.
+    a = features(24, 49, batch=4).half()
+    a[:, 3] = 0
+    a[:, 4] = 6e4
+    weight = torch.nn.Parameter(classifier(24)[0] * 0.01)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**14)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    a.requires_grad_()
+    logits = bilinear_classify(a, None, weight.half())
+    scaler.scale(torch.nn.functional.cross_entropy(logits.float(), torch.arange(4))).backward()
+    assert a.grad.isfinite().all() and a.grad.ne(0).any()
+    scaler.unscale_(optimizer)
+    exact = weight.detach().double().requires_grad_()
+    logits = reference.bilinear_classify(a.detach().double(), None, exact, None, 'avg', 1e-10)
+    torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    assert deviation(weight.grad, exact.grad) < 2**-8
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**14  # no overflow was found
