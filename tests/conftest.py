@@ -1,12 +1,13 @@
 import gc
 import os
 
-# Kernels run in Triton's interpreter, on the CPU; it has to know before it is imported, which inductor does too.
-os.environ['TRITON_INTERPRET'] = '1'
-
 import pytest
 import torch
 from huggingface_hub import constants
+
+# Without a GPU, kernels run in Triton's interpreter; it has to know before it is imported, which inductor does too.
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'
 
 
 @pytest.fixture(autouse=True)

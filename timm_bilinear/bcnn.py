@@ -88,9 +88,7 @@ class BilinearCNN(nn.Module):
         self.stream_b = create_stream('backbone_b', backbone_b, out_index_b, **kwargs) if backbone_b else None
         self.nhwc_a = is_nhwc(self.stream_a)
         self.nhwc_b = self.stream_b is not None and is_nhwc(self.stream_b)
-        convs = first_convs('stream_a', self.stream_a)
-        if self.stream_b is not None:
-            convs += first_convs('stream_b', self.stream_b)
+        convs = [conv for name, stream in self.named_children() for conv in first_convs(name, stream)]
         self._traits = {'first_conv': tuple(convs)}
 
         channels_a = self.stream_a.feature_info.channels()[-1]
@@ -135,6 +133,7 @@ class BilinearCNN(nn.Module):
             if not hasattr(stream, 'set_grad_checkpointing'):
                 stream = stream.model  # FeatureGetterNet
             stream.set_grad_checkpointing(enable)
+        self.head.grad_checkpointing = enable
 
     @torch.jit.ignore
     def set_freeze_backbone(self, enable: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Speed and memory of the head against the article's, and of the whole model against timm's backbone, on the CPU.
+"""Speed and memory of the head against the article's, and of whole models against their backbones.
 
 Rows are measured in one process, all contestants in turn within each repeat, and reported as medians.
 """
@@ -6,56 +6,124 @@ Rows are measured in one process, all contestants in turn within each repeat, an
 import platform
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Union
+from typing import Callable, Dict, List, NamedTuple, Optional, Union
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from .ops import bilinear_classify, cpu
-from .ops.packing import packed_size
+from .ops import bilinear_classify, cpu, descriptor_size
 
 __all__ = ['benchmark_head', 'benchmark_model']
 
+
+class Case(NamedTuple):
+    """Features (batch, channels, side, side), of two streams if `channels_b`, and what they are multiplied in."""
+
+    batch: int
+    channels: int
+    channels_b: Optional[int]
+    side: int
+    classes: int
+    dtype: torch.dtype = torch.float32
+    amp: bool = False  # float32 parameters under autocast, as a mixed precision step has them
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        channels = f'{self.channels}' if self.channels_b is None else f'{self.channels} + {self.channels_b}'
+        precision = str(self.dtype).removeprefix('torch.') + ' autocast' * self.amp + ' (TF32)' * self.tf32
+        return f'{precision}, B={self.batch}, C={channels}, {self.side} x {self.side}, K={self.classes}'
+
+
+CPU_CASES = [
+    Case(16, 512, None, 28, 200),
+    Case(1, 512, None, 28, 200),
+    Case(16, 512, None, 28, 200, torch.bfloat16, amp=True),
+]
+CUDA_CASES = [
+    Case(*shape, dtype, tf32=tf32)
+    for shape in (
+        (64, 512, None, 28, 200),
+        (1, 512, None, 28, 200),
+        (256, 512, None, 14, 1000),
+        (32, 512, 512, 28, 200),
+    )
+    for dtype, tf32 in (
+        (torch.bfloat16, False),
+        (torch.float16, False),
+        (torch.float32, True),
+        (torch.float32, False),
+    )
+]
+
 _HEAD_NOTES = """
 
-The floor is FLOPs over this machine's measured matrix rate (oneDNN, float32), or bytes over its measured copy bandwidth
-where those take longer: the triangle product and one pass over the packed classifier forward; backward, the full
-product and two more passes. Peak memory is what a step allocates above features and parameters; the gradients of
-features and parameters are part of it, and in brackets it is given without them."""
+The floor is what this machine cannot go below: for each product, FLOPs over its measured matrix rate in that dtype, or
+the bytes it reads and writes over its measured copy bandwidth where those take longer. Forward: the triangle product
+(two streams: the whole) and the classifier; backward adds the gradients of descriptor, features and weight. Peak memory
+is what a step allocates above features and parameters; the gradients of features and parameters are part of it, and in
+brackets it is given without them."""
 
 
-def article_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def article_head(a: Tensor, b: Optional[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     """The article's head: full C * C descriptors of (B, C, H, W) features, normalised, then classified."""
-    batch, channels, height, width = x.shape
-    x = x.view(batch, channels, height * width)
-    x = torch.bmm(x, x.transpose(1, 2)) / (height * width)
-    x = x.view(batch, channels * channels)
+    batch, _, height, width = a.shape
+    a = a.view(batch, -1, height * width)
+    b = a if b is None else b.view(batch, -1, height * width)
+    x = torch.bmm(a, b.transpose(1, 2)) / (height * width)
+    x = x.view(batch, -1)
     x = F.normalize(torch.sign(x) * torch.sqrt(torch.abs(x) + 1e-10))
     return F.linear(x, weight, bias)
+
+
+def _our_head(a: Tensor, b: Optional[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    return bilinear_classify(a, b, weight, bias)
 
 
 def _seconds(
     contestants: Dict[str, Callable[[], None]],
     repeats: int,
+    device: torch.device,
     statistic: Callable[[List[float]], float] = statistics.median,
 ) -> Dict[str, float]:
-    """Median (or other statistic of the) seconds of each contestant, taken in turn, after two rounds of warm-up."""
+    """Median (or other statistic of the) seconds of each contestant, taken in turn, after three rounds of warm-up.
+
+    On a GPU each run starts with a cold cache, and behind work that hides the time it takes to launch.
+    """
     seconds: Dict[str, List[float]] = {name: [] for name in contestants}
-    for repeat in range(repeats + 2):
+    cache = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == 'cuda' else None
+    for repeat in range(repeats + 3):
         for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if repeat >= 2:
-                seconds[name].append(time.perf_counter() - start)
+            if cache is not None:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                cache.zero_()
+                start.record()
+                run()
+                end.record()
+                torch.cuda.synchronize(device)
+                took = 1e-3 * start.elapsed_time(end)
+            else:
+                began = time.perf_counter()
+                run()
+                took = time.perf_counter() - began
+            if repeat >= 3:
+                seconds[name].append(took)
     return {name: statistic(s) for name, s in seconds.items()}
 
 
-def _peak_memory(run: Callable[[], None]) -> int:
+def _peak_memory(run: Callable[[], None], device: torch.device) -> int:
     """Most bytes allocated at one time during `run`, above what was allocated before."""
     run()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
         run()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
@@ -66,31 +134,47 @@ def _peak_memory(run: Callable[[], None]) -> int:
     return peak
 
 
-def _floor(batch: int, channels: int, locations: int, classes: int, repeats: int) -> Dict[str, float]:
-    """Seconds that FLOPs at the measured matrix rate, or bytes at the measured bandwidth if those take longer, need."""
-    size = packed_size(channels)
-    a, w = torch.randn(channels, locations), torch.randn(classes, size)
-    copy = torch.empty_like(w)
-
-    def products():
-        for _ in range(16):
-            cpu.linear(a, a)
-
-    measured = _seconds({'matrix': products, 'copy': lambda: copy.copy_(w)}, repeats, statistic=min)
-    rate = 16 * 2 * channels * channels * locations / measured['matrix']
-    bandwidth = 2 * w.nbytes / measured['copy']
-    triangle = 2 * batch * locations * size / rate
-    classifier = max(2 * batch * classes * size / rate, w.nbytes / bandwidth)
-    forward = triangle + classifier
-    # backward: the full product, the gradient of the descriptor and that of the weight
-    return {'forward': forward, 'both': forward + 2 * batch * locations * channels**2 / rate + 2 * classifier}
-
-
-def _versions() -> str:
-    return (
-        f'{_cpu_name()}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__},'
-        f' Python {platform.python_version()}'
+def _floor(case: Case, repeats: int, device: torch.device) -> Dict[str, float]:
+    """Seconds below which this machine cannot go, forward and with backward."""
+    size, locations = descriptor_size(case.channels, case.channels_b), case.side**2
+    # the CPU multiplies in float32, whatever it is given
+    dtype = case.dtype if device.type == 'cuda' else torch.float32
+    side = 8192 if device.type == 'cuda' else 1536
+    x = torch.randn(side, side, device=device).to(dtype)
+    kept = torch.empty(case.classes, size, device=device, dtype=dtype)
+    copied = torch.empty_like(kept)
+    multiply = torch.mm if device.type == 'cuda' else cpu.linear
+    measured = _seconds(
+        {'product': lambda: multiply(x, x), 'copy': lambda: copied.copy_(kept)}, repeats, device, statistic=min
     )
+    rate = 2 * side**3 / measured['product']
+    bandwidth = 2 * kept.nbytes / measured['copy']
+
+    def product(multiplications: int, entries: int) -> float:
+        return max(2 * multiplications / rate, entries * kept.element_size() / bandwidth)
+
+    batch = case.batch
+    features = batch * locations * (case.channels + (case.channels_b or 0))
+    full = batch * locations * case.channels * (case.channels_b or case.channels)
+    triangle = batch * locations * size
+    classifier = product(batch * size * case.classes, (batch + case.classes) * size)
+    forward = product(triangle, features + batch * size) + classifier
+    backward = 2 * classifier + product(full * (1 if case.channels_b is None else 2), 2 * batch * size + 2 * features)
+    return {'forward': forward, 'forward + backward': forward + backward}
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise RuntimeError(f"No GPU for '{name}': torch.cuda.is_available() is False.")
+    return device
+
+
+def _versions(device: torch.device) -> str:
+    name = f'{_cpu_name()}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    return f'{name}; torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}'
 
 
 def _cpu_name() -> str:
@@ -112,111 +196,165 @@ def _write(text: str, output: Optional[Union[str, Path]]) -> str:
     return text
 
 
-def _head_rows(batch: int, amp: bool, repeats: int) -> List[List[str]]:
-    channels, side, classes = 512, 28, 200
-    x = torch.randn(batch, channels, side, side).relu_().requires_grad_()
-    bias = torch.zeros(classes, requires_grad=True)
-    full = (0.01 * torch.randn(classes, channels**2)).requires_grad_()
-    packed = (0.01 * torch.randn(classes, packed_size(channels))).requires_grad_()
-    grad = torch.randn(batch, classes)
+@contextmanager
+def _tf32(enabled: bool):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _time(seconds: float) -> str:
+    return f'{1e3 * seconds:.1f} ms' if seconds > 1e-3 else f'{1e6 * seconds:.0f} us'
+
+
+def _head_rows(case: Case, repeats: int, device: torch.device) -> List[List[str]]:
+    def parameter(*shape: int) -> Tensor:
+        x = 0.01 * torch.randn(*shape, device=device)
+        return (x if case.amp else x.to(case.dtype)).requires_grad_()
+
+    def features(channels: int) -> Tensor:
+        x = torch.randn(case.batch, channels, case.side, case.side, device=device).relu_()
+        return x.to(case.dtype).requires_grad_()
+
+    a, b = features(case.channels), None if case.channels_b is None else features(case.channels_b)
+    bias = parameter(case.classes)
+    full = parameter(case.classes, case.channels * (case.channels_b or case.channels))
+    packed = full if b is not None else parameter(case.classes, descriptor_size(case.channels))
+    grad = torch.randn(case.batch, case.classes, device=device)
     torch._dynamo.reset()
     heads = {
         'eager': (article_head, full),
         'compiled': (torch.compile(article_head), full),
-        'ours': (lambda x, weight, bias: bilinear_classify(x, None, weight, bias), packed),
+        'ours': (_our_head, packed),
     }
 
     def forward(head, weight):
-        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=amp):
-            head(features, weight, bias)
+        with torch.no_grad(), torch.autocast(device.type, case.dtype, enabled=case.amp):
+            head(a, b, weight, bias)
 
     def both(head, weight):
-        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
-            logits = head(features, weight, bias)
+        with torch.autocast(device.type, case.dtype, enabled=case.amp):
+            logits = head(a, b, weight, bias)
         logits.backward(grad.to(logits.dtype))
-        features.grad = weight.grad = bias.grad = None
+        for x in (a, b, weight, bias):
+            if x is not None:
+                x.grad = None
 
-    # under autocast a backbone hands over bfloat16 features
-    features = x.detach().bfloat16().requires_grad_() if amp else x
-    floor = _floor(batch, channels, side**2, classes, repeats)
     rows = []
-    for name, run, floor_s in (('forward', forward, floor['forward']), ('forward + backward', both, floor['both'])):
-        s = _seconds({k: lambda run=run, v=v: run(*v) for k, v in heads.items()}, repeats)
-        best = min(s['eager'], s['compiled'])
-        rows.append(
-            [f'{"bfloat16 autocast" if amp else "float32"}, B={batch}', name]
-            + [f'{1e3 * s[k]:.1f} ms' for k in heads]
-            + [f'{best / s["ours"]:.2f} x']
-            + (['', ''] if amp else [f'{1e3 * floor_s:.1f} ms', f'{s["ours"] / floor_s:.2f}'])
-        )
-    peaks = {k: _peak_memory(lambda v=v: both(*v)) / 2**20 for k, v in heads.items()}
-    gradients = {k: (features.nbytes + v[1].nbytes + bias.nbytes) / 2**20 for k, v in heads.items()}
+    with _tf32(case.tf32):
+        floor = _floor(case, repeats, device)
+        for name, run in (('forward', forward), ('forward + backward', both)):
+            s = _seconds({k: lambda run=run, v=v: run(*v) for k, v in heads.items()}, repeats, device)
+            rows.append(
+                [str(case), name]
+                + [_time(s[k]) for k in heads]
+                + [f'{s[k] / s["ours"]:.2f} x' for k in ('eager', 'compiled')]
+                + [_time(floor[name]), f'{floor[name] / s["ours"]:.2f}']
+            )
+        peaks = {k: _peak_memory(lambda v=v: both(*v), device) / 2**20 for k, v in heads.items()}
+    gradients = {k: sum(x.nbytes for x in (a, b, v[1], bias) if x is not None) / 2**20 for k, v in heads.items()}
     rows.append(
-        [rows[0][0], 'peak memory of a step, (without its gradients)']
+        [str(case), 'peak memory (without gradients)']
         + [f'{peaks[k]:.0f} MiB ({peaks[k] - gradients[k]:.0f})' for k in heads]
-        + [f'{peaks["ours"] / peaks["eager"]:.2f} of eager', '', '']
+        + [f'{peaks["ours"] / peaks[k]:.2f}' for k in ('eager', 'compiled')]
+        + ['', '']
     )
     return rows
 
 
-def benchmark_head(output: Optional[Union[str, Path]] = None, repeats: int = 15) -> str:
-    """The fused head against the article's, eager and under torch.compile: 512 channels, 28 x 28, 200 classes.
+def benchmark_head(output: Optional[Union[str, Path]] = None, repeats: int = 15, device: str = 'cpu') -> str:
+    """The fused head against the article's, eager and under torch.compile.
 
     Args:
         output: File for the table.
         repeats: Measurements behind each median.
+        device: 'cpu' or 'cuda'.
 
     Returns:
         Markdown table with the command and versions.
 
     Raises:
+        RuntimeError: If there is no such device.
         OSError: If `output` cannot be written.
     """
-    rows = [row for batch, amp in ((16, False), (1, False), (16, True)) for row in _head_rows(batch, amp, repeats)]
-    header = ['case', 'measured', "article's, eager", "article's, compiled", 'ours', 'ours against the better of them']
+    torch_device = _device(device)
+    cases = CUDA_CASES if torch_device.type == 'cuda' else CPU_CASES
+    rows = []
+    for case in tqdm(cases, unit='case'):
+        rows += _head_rows(case, repeats, torch_device)
+    header = [
+        'case',
+        'measured',
+        "article's, eager",
+        "article's, compiled",
+        'ours',
+        'against eager',
+        'against compiled',
+    ]
     return _write(
-        '# The head on the CPU\n\n`timm-bilinear benchmark head`: 512 channels, 28 x 28 locations, 200 classes; medians'
-        f' of {repeats}, in turn, in one process.\n\n{_versions()}.\n\n'
-        + _table([*header, 'floor', 'ours / floor'], rows)
+        f'# The head: {torch_device.type}\n\n`timm-bilinear benchmark head --device {device}`: medians of {repeats}, in'
+        f' turn, in one process.\n\n{_versions(torch_device)}.\n\n'
+        + _table([*header, 'floor', 'floor / ours'], rows)
         + _HEAD_NOTES,
         output,
     )
 
 
-def benchmark_model(output: Optional[Union[str, Path]] = None, repeats: int = 7) -> str:
-    """A training step (SGD with momentum) of `bcnn_resnet18` at 448 px against timm's `resnet18` there.
+def benchmark_model(output: Optional[Union[str, Path]] = None, repeats: int = 15, device: str = 'cpu') -> str:
+    """Inference and training (SGD with momentum) of bilinear CNNs at 448 px against timm's models of their backbones.
 
     Args:
         output: File for the table.
         repeats: Measurements behind each median.
+        device: 'cpu', in float32, or 'cuda', under bfloat16 autocast.
 
     Returns:
         Markdown table with the command and versions.
 
     Raises:
+        RuntimeError: If there is no such device.
         OSError: If `output` cannot be written.
     """
-    batch = 16
-    images, targets = torch.randn(batch, 3, 448, 448), torch.randint(0, 200, (batch,))
+    torch_device = _device(device)
+    amp = torch_device.type == 'cuda'
+    batch = 64 if amp else 16
+    layout = dict(device=torch_device, memory_format=torch.channels_last if amp else torch.contiguous_format)
+    images = torch.randn(batch, 3, 448, 448).to(**layout)
+    targets = torch.randint(0, 200, (batch,), device=torch_device)
 
-    def step(name: str) -> Callable[[], None]:
-        model = timm.create_model(name, num_classes=200).train()
+    def runs(name: str) -> Dict[str, Callable[[], None]]:
+        model = timm.create_model(name, num_classes=200).to(**layout)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
-        def run():
+        def inference():
+            model.eval()
+            with torch.inference_mode(), torch.autocast(torch_device.type, torch.bfloat16, enabled=amp):
+                model(images)
+
+        def training():
+            model.train()
             optimizer.zero_grad()
-            F.cross_entropy(model(images), targets).backward()
+            with torch.autocast(torch_device.type, torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(model(images), targets)
+            loss.backward()
             optimizer.step()
 
-        return run
+        return {'inference': inference, 'training': training}
 
-    s = _seconds({name: step(name) for name in ('resnet18', 'bcnn_resnet18')}, repeats)
-    ratio = s['bcnn_resnet18'] / s['resnet18']
-    rows = [[name, f'{t:.2f} s', f'{batch / t:.2f}', f'{t / s["resnet18"]:.3f}'] for name, t in s.items()]
+    rows = []
+    for backbone in ('resnet18', 'vgg16') if amp else ('resnet18',):
+        contestants = {name: runs(name) for name in (backbone, f'bcnn_{backbone}')}
+        for mode in ('inference', 'training'):
+            s = _seconds({name: run[mode] for name, run in contestants.items()}, repeats, torch_device)
+            rows += [[n, mode, _time(t), f'{batch / t:.1f}', f'{t / s[backbone]:.3f}'] for n, t in s.items()]
+    precision = 'bfloat16 autocast, channels_last' if amp else 'float32'
+    setting = f'448 px, batch {batch}, {precision}, 200 classes, SGD with momentum'
     return _write(
-        f'# Training a whole model on the CPU\n\n`timm-bilinear benchmark model`: 448 px, batch {batch}, float32, 200'
-        f' classes, SGD with momentum; medians of {repeats}, in turn, in\none process.\n\n{_versions()}.\n\n'
-        + _table(['model', 'step', 'images/s', 'against resnet18'], rows)
-        + f'\n\nThe bilinear head costs {100 * (ratio - 1):.1f} % of the step.',
+        f'# Whole models: {torch_device.type}\n\n`timm-bilinear benchmark model --device {device}`: {setting}; medians of'
+        f' {repeats},\nin turn, in one process.\n\n{_versions(torch_device)}.\n\n'
+        + _table(['model', '', 'step', 'images/s', "against the backbone's"], rows),
         output,
     )

@@ -28,13 +28,13 @@ def _demo(args: argparse.Namespace):
 def _benchmark_head(args: argparse.Namespace):
     from .benchmark import benchmark_head
 
-    print(benchmark_head(args.output, repeats=args.repeats))
+    print(benchmark_head(args.output, args.repeats, args.device))
 
 
 def _benchmark_model(args: argparse.Namespace):
     from .benchmark import benchmark_model
 
-    print(benchmark_model(args.output, repeats=args.repeats))
+    print(benchmark_model(args.output, args.repeats, args.device))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         p = benchmarks.add_parser(name, help=text)
         p.set_defaults(run=run)
         p.add_argument('--output', help='file for the table, e.g. docs/benchmark_head_cpu.md')
+        p.add_argument('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
         p.add_argument('--repeats', type=int, default=15, help='measurements of each row (default: %(default)s)')
     return parser
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 from timm_bilinear.layers import BilinearHead
 from timm_bilinear.ops import bilinear_pool
@@ -235,3 +236,13 @@ def test_not_finite_input():
     x[0, 0, 0, 0] = float('inf')
     with pytest.raises(ValueError, match='finite'):
         head(x)
+
+
+@pytest.mark.parametrize('grad_checkpointing', [False, True])
+def test_under_activation_checkpointing(variant, grad_checkpointing):
+    head, x = head_and_features(variant)
+    x.requires_grad_()
+    want = torch.autograd.grad(head(x).square().sum(), [x, *head.parameters()])
+    head.grad_checkpointing = grad_checkpointing
+    got = torch.autograd.grad(checkpoint(head, x, use_reentrant=False).square().sum(), [x, *head.parameters()])
+    assert all(torch.equal(g, w) for g, w in zip(got, want))

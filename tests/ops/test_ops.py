@@ -248,6 +248,30 @@ def test_training_after_inference_mode():
     assert v.grad.isfinite().all()
 
 
+# --- the choice of a path
+
+
+@pytest.mark.parametrize(
+    'setting,reason',
+    [
+        (dict(triton=None), 'Triton is not installed'),
+        (dict(hip='6.0'), 'ROCm'),
+        (dict(capability=(7, 5)), 'Tesla T4 is older than compute capability 8.0'),
+        ({}, None),
+    ],
+)
+def test_gpu_without_kernels_takes_the_reference(monkeypatch, caplog, setting, reason):
+    if 'triton' in setting:
+        monkeypatch.setattr(ops.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(torch.version, 'hip', setting.get('hip'))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: setting.get('capability', (9, 0)))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index: 'Tesla T4')
+    with caplog.at_level('DEBUG', logger='timm_bilinear'):
+        assert ops._has_kernels(3) == (reason is None)
+    assert (f'cuda:3: {reason}' in caplog.text) or (reason == 'ROCm' and 'ROCm' in caplog.text) or reason is None
+    assert bool(caplog.text) == (reason is not None)
+
+
 # --- errors
 
 A, B = torch.ones(2, 6, 3, 3), torch.ones(2, 4, 3, 3)

@@ -1,12 +1,19 @@
-"""The GPU's kernels in Triton's interpreter, through the public ops, against the definition in float64."""
+"""The GPU's kernels, through the public ops, against the definition in float64: on the GPU or, where there is none, in
+Triton's interpreter.
+"""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import classifier, deviation, double, features, run
 
 from timm_bilinear import ops
 from timm_bilinear.ops import bilinear_classify, bilinear_pool, library, reference, triton, triton_forward
 
+GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not GPU, reason='no GPU')
 # Channels of a, of b (None: a with itself) and locations: none a multiple of a tile, but for 512.
 SHAPES = [
     (1, None, 1),
@@ -40,10 +47,13 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The public ops take the kernels on the CPU."""
-    monkeypatch.setattr(library, '_path', lambda x: triton)
-    monkeypatch.setattr(ops, '_is_fast', lambda a, pool: True)
+    """The public ops take the kernels, on the CPU too."""
+    if not GPU:
+        monkeypatch.setattr(library, '_path', lambda x: triton)
+        monkeypatch.setattr(ops, '_is_fast', lambda a, pool: True)
     monkeypatch.setattr(reference, 'bilinear_pool', None)
+    with torch.device('cuda') if GPU else nullcontext():
+        yield
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
@@ -71,7 +81,7 @@ def compare(inputs, pool, dtype, eps=1e-10, factor=1.0):
 @pytest.mark.parametrize('pool', ops.POOL_TYPES)
 @pytest.mark.parametrize('channels,channels_b,locations', SHAPES)
 def test_against_float64(channels, channels_b, locations, pool, dtype):
-    if pool == 'max' and channels * (channels_b or channels) * locations > 2e5:
+    if not GPU and pool == 'max' and channels * (channels_b or channels) * locations > 2e5:
         pytest.skip('a minute each in the interpreter')
     a = features(channels, locations, dtype=dtype)
     b = None if channels_b is None else features(channels_b, locations, dtype=dtype)
@@ -117,7 +127,7 @@ def test_pool(dtype, two, pool):
     grad = torch.randn(2, ops.descriptor_size(20, 35 if two else None)).to(dtype)
     got = run(lambda *x: bilinear_pool(*x, pool=pool), (a, b), grad)
     want = run(
-        lambda *x: reference.bilinear_classify(*x, torch.eye(grad.shape[1]).double(), None, pool, 1e-10),
+        lambda *x: reference.bilinear_classify(*x, torch.eye(grad.shape[1], dtype=torch.float64), None, pool, 1e-10),
         double(a, b),
         grad,
     )
@@ -146,7 +156,9 @@ def test_repeatable(dtype):
 def test_no_bias_and_frozen_parts():
     a, (weight, _) = features(20, 30).requires_grad_(), classifier(20)
     want = run(
-        lambda a, w: reference.bilinear_classify(a, None, w, None, 'avg', 1e-10), double(a, weight), torch.ones(2, 4)
+        lambda a, w: reference.bilinear_classify(a, None, w, None, 'avg', 1e-10),
+        double(a, weight),
+        torch.ones(2, 4),
     )
     logits = bilinear_classify(a, None, weight)
     (grad,) = torch.autograd.grad(logits.sum(), a)
@@ -164,7 +176,16 @@ def test_many_classes():
 
 
 @pytest.mark.parametrize(
-    'dtype,huge', [(torch.float16, 6e4), (torch.float16, 1e-6), (torch.bfloat16, 3e38), (torch.float32, 3e38)], ids=str
+    'dtype,huge',
+    [
+        (torch.float16, 6e4),
+        (torch.float16, 1e-6),
+        (torch.bfloat16, 1e30),
+        (torch.bfloat16, 3e38),
+        (torch.float32, 1e30),
+        (torch.float32, 3e38),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize('pool', ops.POOL_TYPES)
 @pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
@@ -176,7 +197,11 @@ def test_out_of_range_features(two, pool, dtype, huge):
     a[5] = 0
     a, b = a.to(dtype), b.to(dtype) if two else None
     weight, bias = classifier(24, 20 if two else None, dtype=dtype)
-    want = run(lambda *x: reference.bilinear_classify(*x, pool, 1e-10), double(a, b, weight, bias), torch.ones(6, 4))
+    want = run(
+        lambda *x: reference.bilinear_classify(*x, pool, 1e-10),
+        double(a, b, weight, bias),
+        torch.ones(6, 4),
+    )
     got = run(lambda *x: bilinear_classify(*x, pool=pool), (a, b, weight, bias), torch.ones(6, 4))
     tolerance, grad_tolerance = TOLERANCES[dtype]
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -184,9 +209,8 @@ def test_out_of_range_features(two, pool, dtype, huge):
     assert deviation(got[0], want[0]) < tolerance and deviation(got[-2], want[-2]) < 2 * grad_tolerance
     assert torch.equal(got[0][5], bias) and got[1][5].eq(0).all() and got[1][4, 1:9].eq(0).all()
     for x, y in zip(got[1:-2], want[1:-2]):
-        # gradients of huge features are subnormal, those of the tiniest beyond float16
-        y = y.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-        for i in range(5):
+        y = y.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)  # those of the tiniest are beyond float16
+        for i in range(5 if huge < 3e38 else 0):  # those of the largest features are subnormal
             error = (x[i].double() - y[i]).abs().max()
             assert error <= 2 * grad_tolerance * y[i].abs().max() + 2 * smallest
 
@@ -210,17 +234,80 @@ def test_grad_scaler():
     a[:, 3] = 0
     a[:, 4] = 6e4
     weight = torch.nn.Parameter(classifier(24)[0] * 0.01)
-    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**14)
+    scaler = torch.amp.GradScaler('cuda' if GPU else 'cpu', init_scale=2.0**14)
     optimizer = torch.optim.SGD([weight], lr=1.0)
     a.requires_grad_()
+    targets = torch.zeros(4, dtype=torch.int64)
     logits = bilinear_classify(a, None, weight.half())
-    scaler.scale(torch.nn.functional.cross_entropy(logits.float(), torch.arange(4))).backward()
+    scaler.scale(F.cross_entropy(logits.float(), targets)).backward()
     assert a.grad.isfinite().all() and a.grad.ne(0).any()
     scaler.unscale_(optimizer)
     exact = weight.detach().double().requires_grad_()
     logits = reference.bilinear_classify(a.detach().double(), None, exact, None, 'avg', 1e-10)
-    torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    F.cross_entropy(logits, targets).backward()
     assert deviation(weight.grad, exact.grad) < 2**-8
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**14  # no overflow was found
+
+
+# --- on a real GPU only
+
+
+@needs_gpu
+def test_on_the_device_of_the_tensor():
+    if torch.cuda.device_count() < 2:
+        pytest.skip('one GPU')
+    a, (weight, bias) = features(65, 49), classifier(65)
+    want = run(bilinear_classify, (a, None, weight, bias), torch.ones(2, 4))
+    inputs = [None if x is None else x.to('cuda:1') for x in (a, None, weight, bias)]
+    got = run(bilinear_classify, inputs, torch.ones(2, 4, device='cuda:1'))
+    assert all(torch.equal(x, y.to(x.device)) for x, y in zip(want, got))
+
+
+@needs_gpu
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_cuda_graph(two):
+    a, b = features(64, 49, dtype=torch.bfloat16), features(32, 49, dtype=torch.bfloat16) if two else None
+    weight, bias = classifier(64, 32 if two else None, dtype=torch.bfloat16)
+    a.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(bilinear_classify(a, b, weight, bias).float().sum(), a)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = step()
+    with torch.no_grad():
+        a.copy_(features(64, 49, dtype=torch.bfloat16))
+    graph.replay()
+    assert torch.equal(grad, step())
+
+
+@needs_gpu
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_compile(two):
+    a, b = features(64, 7, 7, dtype=torch.bfloat16), features(32, 7, 7, dtype=torch.bfloat16) if two else None
+    weight, bias = classifier(64, 32 if two else None, dtype=torch.bfloat16)
+    grad = torch.ones(2, 4)
+    want = run(bilinear_classify, (a, b, weight, bias), grad)
+    got = run(torch.compile(bilinear_classify, fullgraph=True), (a, b, weight, bias), grad)
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)
+
+
+@needs_gpu
+def test_deterministic_algorithms(monkeypatch):
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+    try:
+        inputs = features(512, 196, batch=8, dtype=torch.bfloat16), None, *classifier(512, dtype=torch.bfloat16)
+        first, second = (run(bilinear_classify, inputs, torch.ones(8, 4)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(first, second))

@@ -71,6 +71,7 @@ class BilinearHead(nn.Module):
         self.channels_b = None if in_features_b is None else min(in_features_b, proj_dim or in_features_b)
         self.num_features = descriptor_size(self.channels, self.channels_b)
         self.drop = nn.Dropout(drop_rate)
+        self.grad_checkpointing = False  # the fused classifier keeps no descriptors for backward, but makes them again
         self._set_pool(pool_type)
         self.fc = self._create_fc(num_classes, dd)
 
@@ -128,7 +129,15 @@ class BilinearHead(nn.Module):
         if torch.jit.is_scripting():  # TorchScript takes neither the ops' keyword-only arguments nor their checks
             z = self.drop(reference.bilinear_pool(a, b, self.pool_type, self.eps))
         elif fused:
-            return bilinear_classify(a, b, self.fc.weight, self.fc.bias, pool=self.pool_type, eps=self.eps)
+            return bilinear_classify(
+                a,
+                b,
+                self.fc.weight,
+                self.fc.bias,
+                pool=self.pool_type,
+                eps=self.eps,
+                recompute=self.grad_checkpointing,
+            )
         else:
             z = self.drop(bilinear_pool(a, b, pool=self.pool_type, eps=self.eps))
         return z if pre_logits else self.fc(z)

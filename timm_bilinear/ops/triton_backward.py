@@ -139,7 +139,7 @@ def _backward_kernel(
             low = tl.minimum(i[:, None], j[None, :])
             place = packed_place(low, tl.maximum(i[:, None], j[None, :]), channels)
         else:
-            place = i[:, None] * stride_i + j[None, :] * stride_j
+            place = i[:, None] * stride_i + (j * stride_j)[None, :]
         u = tl.load(u_ptr + place, mask=keep, other=0.0)
         y = tl.load(y_ptr + place, mask=keep, other=0.0)
         dz = slope(u, y, i[:, None], j[None, :], c1, c2, root, SYMMETRIC).to(DOT)

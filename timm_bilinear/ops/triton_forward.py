@@ -25,7 +25,7 @@ __all__ = ['descriptors', 'norms']
 # Channels x channels, locations per step. Small tiles are for batches too small to fill the GPU.
 HALF = Config(128, 128, 64, num_warps=8, num_stages=3)
 HALF_SMALL = Config(32, 32, 64, num_warps=4, num_stages=4)
-FLOAT = Config(64, 64, 32, num_warps=4, num_stages=3)
+FLOAT = Config(64, 64, 32, num_warps=8, num_stages=3)
 FLOAT_SMALL = Config(32, 32, 32, num_warps=4, num_stages=3)
 
 
@@ -202,6 +202,9 @@ def descriptors(
         tiles, columns = _tiles(channels, channels_b, config)
     size = packed_size(channels) if b is None else channels * channels_b
     x = a if b is None else b
+    # Rows that do not start at multiples of 16 reach shared memory through registers, and the second pass needs more of
+    # those too: both take shorter steps.
+    aligned = all(stride == 1 or stride % 16 == 0 for stride in (*a.stride(), *x.stride()))
     y = a.new_empty(batch, size)
     first, second = a.new_empty(2, batch, tiles, dtype=torch.float32)
     scale = a.new_empty(batch, 2, dtype=torch.float32)
@@ -230,9 +233,9 @@ def descriptors(
             PRECISION=precision(a.dtype),
             BLOCK_I=config.block_i,
             BLOCK_J=config.block_j,
-            BLOCK_N=config.block_n,
+            BLOCK_N=config.block_n if aligned else config.block_n // 2,
             num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            num_stages=1 if again else config.num_stages,
         )
     return y, second, scale
 

@@ -11,7 +11,7 @@ from .triton_tiles import Config, packed_place, slope, tile_of
 
 __all__ = ['CONFIG', 'max_backward_kernel', 'max_locations', 'max_tile']
 
-CONFIG = Config(64, 64, 64, num_warps=4, num_stages=1)
+CONFIG = Config(32, 32, 64, num_warps=4, num_stages=1)
 
 
 @triton.jit
