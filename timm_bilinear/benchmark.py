@@ -353,8 +353,8 @@ def benchmark_model(output: Optional[Union[str, Path]] = None, repeats: int = 15
     precision = 'bfloat16 autocast, channels_last' if amp else 'float32'
     setting = f'448 px, batch {batch}, {precision}, 200 classes, SGD with momentum'
     return _write(
-        f'# Whole models: {torch_device.type}\n\n`timm-bilinear benchmark model --device {device}`: {setting}; medians of'
-        f' {repeats},\nin turn, in one process.\n\n{_versions(torch_device)}.\n\n'
+        f'# Whole models: {torch_device.type}\n\n`timm-bilinear benchmark model --device {device}`: {setting};'
+        f' medians of {repeats},\nin turn, in one process.\n\n{_versions(torch_device)}.\n\n'
         + _table(['model', '', 'step', 'images/s', "against the backbone's"], rows),
         output,
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import classifier, deviation, double, features, run
+from torch._subclasses import FakeTensorMode
 
 from timm_bilinear import ops
 from timm_bilinear.ops import bilinear_classify, bilinear_pool, library, reference, triton, triton_forward
@@ -170,6 +171,18 @@ def test_no_bias_and_frozen_parts():
 
 def test_many_classes():
     compare((features(6, 10), None, *classifier(6, num_classes=2500)), 'avg', torch.float32)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_fake_tensors_of_the_gpu(two, dtype):
+    inputs = features(20, 30, dtype=dtype), features(35, 30, dtype=dtype) if two else None
+    inputs += classifier(20, 35 if two else None, dtype=dtype)
+    real = triton.classify(*inputs, 'avg', 1e-10)
+    with FakeTensorMode():
+        fake = [x if x is None else torch.empty(x.shape, dtype=x.dtype, device='cuda') for x in inputs]
+        fake = library.bilinear_classify(*fake, 'avg', 1e-10, False)
+    assert [(x.shape, x.dtype, x.stride()) for x in fake] == [(x.shape, x.dtype, x.stride()) for x in real]
 
 
 # --- hostile but finite features
