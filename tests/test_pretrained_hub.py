@@ -10,8 +10,7 @@ import torch.nn as nn
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from small_models import randomise_norms, stream_convs
 
-import timm_bilinear  # registers the models
-import timm_bilinear.pretrained
+from timm_bilinear import hub_client
 
 pytestmark = pytest.mark.usefixtures('clean_up')
 
@@ -43,7 +42,10 @@ def hub_response(status):
     'error,cause',
     [
         (LocalEntryNotFoundError('cannot find the requested file in the local cache'), 'not in the cache'),
-        (RepositoryNotFoundError('404 Client Error\n\nRequest ID', response=hub_response(404)), '404 Client Error'),
+        (
+            RepositoryNotFoundError('404 Client Error\n\nRequest ID', response=hub_response(404)),
+            'there is no such repo',
+        ),
         (ConnectionError('connection refused'), 'connection refused'),
     ],
     ids=['offline', 'no_repo', 'no_connection'],
@@ -52,7 +54,8 @@ def test_no_network_is_one_sentence(monkeypatch, name, kwargs, repo, error, caus
     def hf_hub_download(*_, **__):
         raise error
 
-    monkeypatch.setattr(timm_bilinear.pretrained, 'hf_hub_download', hf_hub_download)
+    monkeypatch.setattr(hub_client, 'hf_hub_download', hf_hub_download)
+    monkeypatch.setattr(hub_client, 'WAITS', ())
     with pytest.raises(RuntimeError) as e:
         timm.create_model(name, pretrained=True, num_classes=3, **kwargs)
     for part in (f"'{repo}'", 'model.safetensors', cause, 'HF_HUB_OFFLINE', 'HF_ENDPOINT', 'pretrained=False'):

@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import FeatureGetterNet, feature_take_indices
 
 from .layers import BilinearHead
-from .pretrained import checkpoint_filter_fn, hub_errors
+from .pretrained import check_hub_config, checkpoint_filter_fn, hub_errors
 from .streams import concat_streams, create_stream, first_convs, input_config, is_nhwc, layer_ids, pair_levels
 
 __all__ = ['BilinearCNN']
@@ -247,7 +247,8 @@ def _create_bcnn(
     out_indices = kwargs.pop('out_indices', None)
     features_only = kwargs.pop('features_only', False)
     streams = dict(pretrained_streams=pretrained and not complete, all_levels=features_only, cache_dir=cache_dir)
-    with hub_errors(cfg.hf_hub_id or variant):
+    check_hub_config(cfg, cache_dir)
+    with hub_errors(cfg.hf_hub_id):
         return build_model_with_cfg(
             partial(BilinearCNN, **streams),
             variant,

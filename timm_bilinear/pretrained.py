@@ -1,5 +1,6 @@
-"""Pretrained weights: the one checkpoint filter, and what to tell a user whom the Hub leaves without weights."""
+"""Pretrained weights: the one checkpoint filter, and what is believed of a config from the Hub."""
 
+import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,13 +8,14 @@ from typing import Dict, List, Optional, Union
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
+from timm.models._hub import hf_split
 from torch import nn
 
+from .hub_client import MissingFileError
 from .ops import fold_symmetric_weight
 
-__all__ = ['checkpoint_filter_fn', 'fetch_backbone_weights', 'hub_errors']
+__all__ = ['check_backbone_weights', 'check_hub_config', 'checkpoint_filter_fn', 'hub_errors']
 
 # The article's Net: nn.Sequential of torchvision's resnet18 up to layer4, by position.
 _ARTICLE_LAYERS = {'0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
@@ -100,48 +102,77 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
-@contextmanager
-def hub_errors(repo: str, filename: str = 'model.safetensors'):
-    """Turn the Hub client's errors about a file into one sentence.
-
-    Raises:
-        RuntimeError: Naming `repo`, `filename`, the cause and what to do.
-    """
-    try:
-        yield
-    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as e:
-        if isinstance(e, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            cause = 'the Hub cannot be reached, or HF_HUB_OFFLINE is set, and the file is not in the cache'
-        else:
-            cause = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
-        raise RuntimeError(
-            f"Could not get {filename} of the Hugging Face Hub repo '{repo}': {cause}; check the repo's name and the"
-            f' network, set HF_ENDPOINT to a mirror or HF_HUB_OFFLINE=1 to use files cached earlier, or create the'
-            f' model with pretrained=False.'
-        ) from None
-
-
-def fetch_backbone_weights(backbone: str, cache_dir: Optional[Union[str, Path]] = None):
-    """Bring a timm backbone's weights into the Hub cache, where timm's own loader will look for them.
+def check_backbone_weights(backbone: str):
+    """Check that timm has weights of a backbone, which it would only warn of.
 
     Args:
         backbone: timm model name, with or without tag.
-        cache_dir: Cache folder, the Hub's default if None.
 
     Raises:
-        RuntimeError: If the backbone has no weights, or the Hub or its cache cannot give them.
+        RuntimeError: If it has none.
     """
     cfg = get_pretrained_cfg(backbone)
     if cfg is None or not cfg.has_weights:
         raise RuntimeError(f"timm has no pretrained weights for '{backbone}'. Use pretrained=False.")
-    if not cfg.hf_hub_id or cfg.custom_load:
+
+
+# What a config from the Hub may say of a model; numbers within bounds that any real model keeps.
+_HUB_NAMES = ('backbone_a', 'backbone_b')
+_HUB_NUMBERS = {
+    'num_classes': 1_000_000,
+    'in_chans': 1024,
+    'img_size': 8192,
+    'out_index_a': 100,
+    'out_index_b': 100,
+    'proj_dim': 8192,
+}
+_HUB_FORBIDDEN = ('url', 'file', 'custom_load', 'hf_hub_filename')
+_HUB_VALUES = ('pool_type', 'global_pool', 'eps', 'drop_rate', 'drop_path_rate', 'freeze_backbone')
+
+
+def check_hub_config(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None):
+    """Check the config.json that a model is about to be built from, if it comes from whoever made a Hub repo.
+
+    Args:
+        cfg: The model's config; of the Hub if its source says so, and then config.json is in the cache.
+        cache_dir: The cache.
+
+    Raises:
+        ValueError: If it has arguments, names or numbers that no model pushed from here has.
+    """
+    if cfg.source != 'hf-hub':
         return
-    repo, _, revision = cfg.hf_hub_id.partition('@')
-    filename = cfg.hf_hub_filename or 'model.safetensors'
-    with hub_errors(repo, filename):
-        try:
-            hf_hub_download(repo, filename, revision=revision or None, cache_dir=cache_dir)
-        except LocalEntryNotFoundError:  # no network and not in the cache
-            raise
-        except EntryNotFoundError:  # an older repo without safetensors, timm's loader has other names to try
-            pass
+    repo_id, revision = hf_split(cfg.hf_hub_id)
+    path = hf_hub_download(repo_id, 'config.json', revision=revision, cache_dir=cache_dir, local_files_only=True)
+    config = json.loads(Path(path).read_text())
+    problems = []
+    args = dict(config.get('model_args') or {}, num_classes=config.get('num_classes', 0))
+    for key, value in args.items():
+        if key in _HUB_NAMES:
+            bad = value is not None and (not isinstance(value, str) or not is_model(value.split('.')[0]))
+        elif key in _HUB_NUMBERS:
+            numbers = value if isinstance(value, list) else [value]
+            bad = not all(
+                x is None or (isinstance(x, int) and -_HUB_NUMBERS['out_index_a'] <= x <= _HUB_NUMBERS[key])
+                for x in numbers
+            )
+        else:
+            bad = key not in _HUB_VALUES or not isinstance(value, (str, int, float, type(None)))
+        if bad:
+            problems.append(f'{key}={value!r}')
+    stored = config.get('pretrained_cfg') or {}
+    problems += [f'{key}={stored[key]!r}' for key in _HUB_FORBIDDEN if stored.get(key)]
+    if problems:
+        listed = ', '.join(problems)[:500]
+        raise ValueError(f"config.json of the Hugging Face Hub repo '{cfg.hf_hub_id}' is not trusted: {listed}.")
+
+
+@contextmanager
+def hub_errors(repo: Optional[str]):
+    """Name the weights that a repo should have, not the last file that timm looked for in their place."""
+    try:
+        yield
+    except MissingFileError as e:
+        raise RuntimeError(
+            f"The Hugging Face Hub repo '{repo}' has no model.safetensors, nor weights of another name: {e}"
+        ) from None

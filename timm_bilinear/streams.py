@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import Format
 from timm.models import get_pretrained_cfg, is_model, is_model_in_modules, register_notrace_function
 
-from .pretrained import fetch_backbone_weights
+from .pretrained import check_backbone_weights
 
 __all__ = ['concat_streams', 'create_stream', 'first_convs', 'input_config', 'is_nhwc', 'layer_ids', 'pair_levels']
 
@@ -84,7 +84,7 @@ def create_stream(
         raise ValueError(f"'{arg}' must be in [{-levels}, {levels}) for {backbone!r}, got {out_index}.")
     out_index %= levels
     if pretrained:
-        fetch_backbone_weights(backbone, cache_dir)
+        check_backbone_weights(backbone)
     out_indices = tuple(range(out_index + 1)) if all_levels else (out_index,)
     return timm.create_model(
         backbone, pretrained=pretrained, cache_dir=cache_dir, features_only=True, out_indices=out_indices, **kwargs
