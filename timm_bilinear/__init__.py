@@ -2,5 +2,6 @@
 
 from . import layers, ops
 from .bcnn import BilinearCNN
+from .hub import push_to_hub
 
-__all__ = ['BilinearCNN', 'layers', 'ops']
+__all__ = ['BilinearCNN', 'layers', 'ops', 'push_to_hub']

@@ -1,3 +1,4 @@
 from .cli import main
 
-main()
+if __name__ == '__main__':  # a loader's spawned workers import this file too
+    main()

@@ -1,7 +1,9 @@
 """The timm-bilinear command."""
 
 import argparse
+import runpy
 import sys
+from pathlib import Path
 from typing import List, Optional
 
 from timm.utils import ParseKwargs
@@ -37,6 +39,38 @@ def _benchmark_model(args: argparse.Namespace):
     print(benchmark_model(args.output, args.repeats, args.device))
 
 
+def _push(args: argparse.Namespace):
+    from .hub import push_to_hub
+    from .hub_client import file_hashes
+
+    args = vars(args)
+    where = push_to_hub(args.pop('checkpoint'), args.pop('repo'), **args)
+    if args['dry_run'] is None:
+        print(f'Pushed to {where}')
+        return
+    print(f"Written to '{where}', nothing was sent:")
+    for path in sorted(Path(where).iterdir()):
+        print(f'  {path.name}: {path.stat().st_size:,} bytes, sha256 {file_hashes(path)[0]}')
+
+
+def _prepare(args: argparse.Namespace):
+    from .prepare import prepare
+
+    counts = prepare(args.dataset, args.src, args.dst)
+    print(f"'{args.dst}': " + ', '.join(f'{k} {v}' for k, v in counts.items()))
+
+
+def _run(argv: List[str]):
+    """Run a script, timm's or another, as python would, with this package's models registered."""
+    if not argv or argv[0].startswith('-'):
+        sys.exit('usage: timm-bilinear run SCRIPT ARGS...')
+    if not Path(argv[0]).is_file():
+        sys.exit(f"timm-bilinear: error: there is no script '{argv[0]}'")
+    sys.argv = argv
+    sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+    runpy.run_path(argv[0], run_name='__main__')
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-bilinear', description='Bilinear CNNs for timm.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
@@ -65,6 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', type=int, default=42)
     p.add_argument('--resume', action='store_true', help='continue the run in --output')
 
+    p = commands.add_parser('push', help='publish a trained model on the Hugging Face Hub')
+    p.set_defaults(run=_push)
+    p.add_argument('checkpoint', help="folder of finetune, or checkpoint file of timm's train script")
+    p.add_argument('--repo', required=True, metavar='OWNER/NAME')
+    p.add_argument('--private', action='store_true', help='create the repo private')
+    p.add_argument(
+        '--license', help="the weights' licence as the Hub abbreviates it, e.g. apache-2.0 (default: none named)"
+    )
+    p.add_argument('--dataset', help='name of the dataset, for the model card')
+    p.add_argument('--commit-message', default='Add model')
+    p.add_argument('--dry-run', metavar='DIR', help="write the repo's files into DIR and send nothing")
+
+    p = commands.add_parser('prepare', help='make an image folder of a public dataset as downloaded')
+    p.set_defaults(run=_prepare)
+    p.add_argument('dataset', choices=('cub200', 'aircraft', 'cars'))
+    p.add_argument('src', help='folder of the official archives, or of what they unpack to')
+    p.add_argument('dst', help='new folder for train and val')
+
+    commands.add_parser('run', help="run a script, e.g. timm's validate.py, with the models registered")
+
     p = commands.add_parser('demo', help='render fonts, fine-tune on them, save, load back and test')
     p.set_defaults(run=_demo)
     p.add_argument('--output', default='.demo', help='folder for images and model (default: %(default)s)')
@@ -85,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[List[str]] = None):
     """Run the command; errors of input, data or disk end it with one line and exit code 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ['run']:  # a script's errors are its own
+        return _run(argv[1:])
     args = _parser().parse_args(argv)
     run = args.run
     del args.run

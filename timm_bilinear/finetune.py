@@ -5,6 +5,7 @@ and the rest there is timm's own train script, which takes these models too.
 """
 
 import argparse
+import json
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from timm.data import create_loader, resolve_model_data_config
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2
@@ -179,7 +181,7 @@ def finetune(
 
     Args:
         data_dir: Folder with `train`, `val` and optionally `test`, each with a folder per class.
-        output: Folder for config.json, model.safetensors, summary.csv and checkpoints/.
+        output: Folder for config.json, model.safetensors, args.yaml, summary.csv, results.json and checkpoints/.
         model: timm model name of a bilinear CNN, with `local-dir:` or `hf-hub:` as for `timm.create_model`.
         pretrained: Start from weights.
         model_kwargs: Further arguments for `timm.create_model`.
@@ -228,6 +230,12 @@ def finetune(
 
     checkpoints.mkdir(parents=True, exist_ok=True)
     stages = stages or default_stages(pretrained, epochs, head_epochs)
+    told = dict(
+        data_dir=str(data_dir), model=model, pretrained=pretrained, model_kwargs=model_kwargs, img_size=img_size
+    )
+    told.update(batch_size=batch_size, smoothing=smoothing, amp_dtype=amp_dtype, seed=seed, **(train_aug or {}))
+    told.update(stages=[vars(stage) for stage in stages])
+    (output / 'args.yaml').write_text(yaml.safe_dump(json.loads(json.dumps(told))))
     start = load_checkpoint_metadata(str(last))['epoch'] + 1 if resume else 0
     saver: Optional[CheckpointSaver] = None
     end = 0
@@ -272,4 +280,5 @@ def finetune(
     metrics = {'epoch': saver.best_epoch, 'val_top1': saver.best_metric}
     if 'test' in loaders:
         metrics['test_top1'] = evaluate(net, loaders['test'], torch_device, amp)['top1']
+    (output / 'results.json').write_text(json.dumps(metrics) + '\n')
     return metrics

@@ -1,16 +1,25 @@
-"""Model folders in the Hugging Face Hub's layout: config.json and model.safetensors."""
+"""Model folders in the Hugging Face Hub's layout, config.json and model.safetensors, and their way to the Hub."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
+import timm
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import validate_repo_id
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-__all__ = ['save_model']
+from .checkpoint import Trained, load_trained
+from .hub_client import describe, file_hashes, retry
+from .model_card import create_card
+
+__all__ = ['push_to_hub', 'save_model']
 
 
 def save_model(
@@ -40,6 +49,7 @@ def save_model(
     partial = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
     try:
         model = model.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+        getattr(model, '_model_args', {}).pop('freeze_backbone', None)  # how it was trained, not what it is
         model_config = dict(label_names=list(label_names)) if label_names else None
         save_for_hf(model, partial, model_config=model_config, safe_serialization=True, data_config=data_config)
         directory.mkdir(exist_ok=True)
@@ -52,3 +62,113 @@ def save_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def _build(trained: Trained, directory: Path, repo_id: str, dataset: Optional[str], license: Optional[str]):
+    """Write everything a repo gets, and check that it gives the model back."""
+    save_model(trained.model, directory, trained.label_names, trained.data_config)
+    create_card(trained, repo_id, dataset, license).save(directory / 'README.md')
+    loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).state_dict()
+    own = trained.model.state_dict()
+    different = [key for key in own if not torch.equal(loaded[key], own[key].cpu())]
+    if different:
+        raise RuntimeError(f"The folder built for '{repo_id}' does not give the model back: {different[0]} differs.")
+
+
+def _different(api: HfApi, repo_id: str, directory: Path) -> List[str]:
+    """Names of the files whose content on the Hub, by its hashes, is not that of the folder."""
+    paths = sorted(directory.iterdir())
+    there = {info.path: info for info in api.get_paths_info(repo_id, [path.name for path in paths])}
+    different = []
+    for path in paths:
+        sha256, blob_id = file_hashes(path)
+        info = there.get(path.name)
+        if info is None or (info.lfs.sha256 != sha256 if info.lfs else info.blob_id != blob_id):
+            different.append(path.name)
+    return different
+
+
+def _upload(api: HfApi, repo_id: str, directory: Path, private: bool, commit_message: str) -> str:
+    def commit():
+        # What is there already, maybe by a commit whose answer was lost, is not sent again.
+        if _different(api, repo_id, directory):
+            api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
+
+    what = f"Push to '{repo_id}'"
+    try:
+        url = retry(what, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        retry(what, commit)
+        different = retry(what, lambda: _different(api, repo_id, directory))
+    except Exception as e:
+        hint = ''
+        if importlib.util.find_spec('hf_xet') is not None and not constants.HF_HUB_DISABLE_XET:
+            hint = ' If this Hub has no Xet storage, set HF_HUB_DISABLE_XET=1.'
+        raise RuntimeError(f"Could not push to the Hugging Face Hub repo '{repo_id}': {describe(e)}.{hint}") from e
+    if different:
+        raise RuntimeError(f"Not what was sent is on the Hub in '{repo_id}': {', '.join(different)}. Push again.")
+    return str(url)
+
+
+def push_to_hub(
+    model_or_checkpoint: Union[nn.Module, str, Path],
+    repo_id: str,
+    *,
+    private: bool = False,
+    license: Optional[str] = None,
+    dataset: Optional[str] = None,
+    label_names: Optional[Sequence[str]] = None,
+    data_config: Optional[Dict[str, Any]] = None,
+    commit_message: str = 'Add model',
+    token: Optional[str] = None,
+    dry_run: Optional[Union[str, Path]] = None,
+) -> str:
+    """Publish a model: safetensors weights, a config that rebuilds it, and a model card.
+
+    Everything is built and checked before the first request; afterwards the files on the Hub are compared to what was
+    sent, and a commit that landed is not repeated.
+
+    Args:
+        model_or_checkpoint: Model made by `timm.create_model`, folder of `finetune`, or checkpoint file of timm's train
+            script.
+        repo_id: Hub repo, 'owner/name'; created if it is not there.
+        private: Create it private.
+        license: The weights' licence, as the Hub abbreviates it ('apache-2.0'); left out of the card if None.
+        dataset: Name of the dataset the model was trained on, for the card.
+        label_names: Class names in the order of the logits; None for those the checkpoint knows.
+        data_config: Preprocessing the weights were trained with; None for what the checkpoint or the model says.
+        commit_message: Message of the commit.
+        token: Hub token; None for the one the Hub's client finds.
+        dry_run: Write the repo's files into this new folder, and send nothing.
+
+    Returns:
+        URL of the repo, or the folder of a dry run.
+
+    Raises:
+        FileExistsError: If the folder of a dry run is not empty.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If `repo_id`, checkpoint or `label_names` are wrong.
+        RuntimeError: If the Hub does not take it: why, in one sentence.
+    """
+    validate_repo_id(repo_id)
+    if repo_id.count('/') != 1:
+        raise ValueError(f"'repo_id' must be 'owner/name', got {repo_id!r}.")
+    if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
+        raise FileExistsError(f"The folder of a dry run must be new or empty, '{dry_run}' is not.")
+    if isinstance(model_or_checkpoint, nn.Module):
+        trained = Trained(model_or_checkpoint, data_config=resolve_model_data_config(model_or_checkpoint))
+    else:
+        trained = load_trained(model_or_checkpoint)
+    if label_names is not None:
+        trained.label_names = list(label_names)
+    if trained.label_names and len(trained.label_names) != trained.model.num_classes:
+        raise ValueError(
+            f"'label_names' must name {trained.model.num_classes} classes, got {len(trained.label_names)} names."
+        )
+    trained.data_config = dict(trained.data_config or {}, **(data_config or {}))
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / 'repo' if dry_run is None else Path(dry_run)
+        _build(trained, directory, repo_id, dataset, license)
+        if dry_run is not None:
+            return str(dry_run)
+        api = HfApi(token=token, library_name='timm_bilinear')
+        return _upload(api, repo_id, directory, private, commit_message)

@@ -1,0 +1,131 @@
+"""What training leaves behind, by timm's train script or by `finetune`, as a model and what is known about it."""
+
+import argparse
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+import timm
+import torch
+import yaml
+from timm.data import resolve_data_config, resolve_model_data_config
+from timm.data.readers.class_map import load_class_map
+from timm.models import clean_state_dict
+from timm.utils import natural_key
+from torch import nn
+
+__all__ = ['Trained', 'load_trained']
+
+
+@dataclass
+class Trained:
+    """A trained model and what its card can say of it."""
+
+    model: nn.Module
+    label_names: Optional[List[str]] = None
+    data_config: Optional[Dict[str, Any]] = None
+    metrics: Dict[str, float] = field(default_factory=dict)
+    args: Dict[str, Any] = field(default_factory=dict)
+
+
+def _read_args(folder: Path) -> Dict[str, Any]:
+    path = folder / 'args.yaml'
+    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+
+
+def _summary_row(folder: Path, epoch: Optional[int], metric: str) -> Dict[str, float]:
+    """Validation figures of an epoch, or of the best one, in a summary.csv."""
+    path = folder / 'summary.csv'
+    if not path.is_file():
+        return {}
+    with path.open() as f:
+        rows = list(csv.DictReader(f))
+    if epoch is not None:
+        rows = [row for row in rows if int(row['epoch']) == epoch]
+    if not rows or f'eval_{metric}' not in rows[0]:
+        return {}
+    row = max(rows, key=lambda row: float(row[f'eval_{metric}']))
+    return {key: float(row[key]) for key in ('eval_top1', 'eval_top5') if row.get(key)}
+
+
+def _label_names(args: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
+    """Class names of a run of timm's train script: its class map, or the folders it was trained on."""
+    if args.get('class_map'):
+        names = load_class_map(args['class_map'], args.get('data_dir') or '')
+        names = sorted(names, key=names.get)
+    else:
+        folder = Path(args.get('data_dir') or args.get('data') or '.') / (args.get('train_split') or 'train')
+        if not folder.is_dir():
+            return None
+        names = sorted((d.name for d in folder.iterdir() if d.is_dir()), key=natural_key)
+    return names if len(names) == num_classes else None
+
+
+def _load_folder(folder: Path) -> Trained:
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    names = model.pretrained_cfg.get('label_names')
+    metrics = _summary_row(folder, None, 'top1')
+    if (folder / 'results.json').is_file():  # of finetune
+        results = json.loads((folder / 'results.json').read_text())
+        metrics.update({key: results[key] for key in ('test_top1',) if key in results})
+    return Trained(model, list(names) if names else None, resolve_model_data_config(model), metrics, _read_args(folder))
+
+
+def _load_file(path: Path) -> Trained:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as e:
+        raise ValueError(f"'{path}' is not a checkpoint that can be read ({str(e).splitlines()[0]}).") from e
+    args = _read_args(path.parent)
+    if not args and isinstance(checkpoint, dict) and isinstance(checkpoint.get('args'), argparse.Namespace):
+        args = vars(checkpoint['args'])
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint or 'model' not in args:
+        raise ValueError(f"'{path}' is not a checkpoint of timm's train script: it has no state_dict, or no arguments.")
+
+    state_dict = clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
+    if 'head.fc.weight' not in state_dict:
+        raise ValueError(f"'{path}' has no classifier (head.fc.weight).")
+    kwargs = dict(args.get('model_kwargs') or {})
+    kwargs.pop('freeze_backbone', None)
+    if args.get('gp'):
+        kwargs['global_pool'] = args['gp']
+    if args.get('in_chans'):
+        kwargs['in_chans'] = args['in_chans']
+    model = timm.create_model(args['model'], num_classes=len(state_dict['head.fc.weight']), **kwargs)
+    model.load_state_dict(state_dict)
+
+    metric = args.get('eval_metric') or 'top1'
+    return Trained(
+        model,
+        _label_names(args, model.num_classes),
+        resolve_data_config(args, model=model),
+        _summary_row(path.parent, checkpoint.get('epoch'), metric),
+        args,
+    )
+
+
+def load_trained(path: Union[str, Path]) -> Trained:
+    """Load a model from what training has written.
+
+    Args:
+        path: Folder of `finetune` (or any in the Hub's layout), or a checkpoint file of timm's train script, whose EMA
+            weights are taken if it has them, and whose args.yaml and summary.csv lie beside it.
+
+    Returns:
+        Model and what is known about it.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is no such folder or file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint '{path}'.")
+    if path.is_file():
+        return _load_file(path)
+    if not (path / 'config.json').is_file():
+        raise ValueError(f"'{path}' has no config.json; give a folder of finetune, or a file of timm's train script.")
+    return _load_folder(path)
