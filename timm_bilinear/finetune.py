@@ -56,8 +56,7 @@ class Stage:
 def default_stages(from_weights: bool, epochs: int, head_epochs: int) -> List[Stage]:
     """Recipe: two stages if the streams start from weights, one if they start from nothing.
 
-    The learning rates from weights are those of the authors' PyTorch release (cvl-umass/bilinear-cnn: 1.0 for the
-    classifier alone; then 1e-2 for it), with 1e-3 for the streams as in the paper.
+    The learning rates from weights follow the paper: 1.0 for the classifier alone, then 1e-3 for the streams.
     """
     if not from_weights:
         return [Stage(epochs, 'adamw', lr=1e-3, head_lr=1e-2, weight_decay=0.05)]
