@@ -219,7 +219,7 @@ def test_pickles_hold_weights_only(hub, model, tmp_path):
     config = {'config.json': files['config.json']}
     torch.save(dict(model.state_dict(), evil=Evil()), tmp_path / 'w.bin')
     hub.add_repo(NAME, dict(config, **{'pytorch_model.bin': (tmp_path / 'w.bin').read_bytes()}))
-    with pytest.raises(Exception, match='[Ww]eights'):
+    with pytest.raises(Exception, match=r'[Ww]eights'):
         pull()
     assert not (tmp_path / 'evil').exists()
     torch.save(model.state_dict(), tmp_path / 'w.bin')
