@@ -62,11 +62,11 @@ CUDA_CASES = [
 
 _HEAD_NOTES = """
 
-The floor is what this machine cannot go below: for each product, FLOPs over its measured matrix rate in that dtype, or
-the bytes it reads and writes over its measured copy bandwidth where those take longer. Forward: the triangle product
-(two streams: the whole) and the classifier; backward adds the gradients of descriptor, features and weight. Peak memory
-is what a step allocates above features and parameters; the gradients of features and parameters are part of it, and in
-brackets it is given without them."""
+The floor is, for each product, FLOPs over the machine's measured matrix rate in that dtype (float32 without TF32: a
+third of TF32's), or the bytes it reads and writes over its measured copy bandwidth where those take longer. Forward:
+the triangle product (two streams: the whole) and the classifier; backward adds the gradients of descriptor, features
+and weight. Peak memory is what a step allocates above features and parameters; the gradients of features and parameters
+are part of it, and in brackets it is given without them."""
 
 
 def article_head(a: Tensor, b: Optional[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -101,6 +101,7 @@ def _seconds(
             if cache is not None:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 cache.zero_()
+                torch.cuda._sleep(4_000_000)  # 2 ms, in which all that follows is launched
                 start.record()
                 run()
                 end.record()
@@ -139,15 +140,18 @@ def _floor(case: Case, repeats: int, device: torch.device) -> Dict[str, float]:
     size, locations = descriptor_size(case.channels, case.channels_b), case.side**2
     # the CPU multiplies in float32, whatever it is given
     dtype = case.dtype if device.type == 'cuda' else torch.float32
-    side = 8192 if device.type == 'cuda' else 1536
+    side, entries = (8192, 2**29) if device.type == 'cuda' else (1536, case.classes * size)
     x = torch.randn(side, side, device=device).to(dtype)
-    kept = torch.empty(case.classes, size, device=device, dtype=dtype)
+    kept = torch.zeros(entries, device=device, dtype=dtype)
     copied = torch.empty_like(kept)
     multiply = torch.mm if device.type == 'cuda' else cpu.linear
-    measured = _seconds(
-        {'product': lambda: multiply(x, x), 'copy': lambda: copied.copy_(kept)}, repeats, device, statistic=min
-    )
+    with _tf32(True):
+        measured = _seconds(
+            {'product': lambda: multiply(x, x), 'copy': lambda: copied.copy_(kept)}, repeats, device, statistic=min
+        )
     rate = 2 * side**3 / measured['product']
+    if device.type == 'cuda' and dtype == torch.float32 and not case.tf32:
+        rate /= 3  # as good as float32 is had from three TF32 products
     bandwidth = 2 * kept.nbytes / measured['copy']
 
     def product(multiplications: int, entries: int) -> float:
@@ -198,12 +202,12 @@ def _write(text: str, output: Optional[Union[str, Path]]) -> str:
 
 @contextmanager
 def _tf32(enabled: bool):
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = enabled
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = 'tf32' if enabled else 'ieee'
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _time(seconds: float) -> str:

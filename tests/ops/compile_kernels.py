@@ -74,7 +74,7 @@ def record():
         (784, 49),
         (False, True),
     ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cuda.matmul.fp32_precision = 'tf32' if tf32 else 'ieee'
         triton_forward._is_small = lambda programs, device, small=small: small
         a = torch.zeros(2, 512, locations, dtype=dtype)
         if last:

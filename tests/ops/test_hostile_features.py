@@ -7,7 +7,7 @@ import torch
 from op_cases import DTYPES, TOLERANCES, classifier, deviation, double, features, run
 
 from timm_bilinear import ops
-from timm_bilinear.ops import bilinear_classify, bilinear_pool
+from timm_bilinear.ops import bilinear_classify, bilinear_pool, reference
 
 
 def exact(a, b, weight, pool):
@@ -121,3 +121,21 @@ def test_not_finite_features_raise(stream, pool, dtype, bad):
     if stream == 0:
         with pytest.raises(ValueError, match='Features must be finite'):
             bilinear_pool(a, pool=pool)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_streams_far_apart(pool, dtype):
+    # Each alone is out of the range of squares, their products are ordinary.
+    a, b = features(12, 49, dtype=torch.float64), features(10, 49, dtype=torch.float64)
+    weight, _ = classifier(12, 10, dtype=dtype)
+    a, b = (a * 1e30).to(dtype), (b * 1e-30).to(dtype)
+    assert deviation(bilinear_classify(a, b, weight, pool=pool), exact(a, b, weight, pool)) < 1e-5
+    assert deviation(reference.bilinear_classify(a, b, weight, None, pool, 1e-10), exact(a, b, weight, pool)) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_beyond_the_dtype(dtype):
+    a, b = (features(12, 49) * 1e38).to(dtype), (features(10, 49) * 1e-39).to(dtype)
+    results = run(bilinear_classify, (a, b, classifier(12, 10, dtype=dtype)[0]), torch.ones(2, 4))
+    assert all(x.isfinite().all() for x in results)

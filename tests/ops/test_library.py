@@ -41,6 +41,17 @@ def test_opcheck(two, dtype, pool):
         torch.library.opcheck(library.bilinear_classify, (a, b, weight, bias, pool, 1e-5, recompute))
 
 
+def test_compile_transposed_weight():
+    a, parameter = features(5, 4), classifier(5)[0].t().contiguous().requires_grad_()
+
+    def loss(weight):
+        return bilinear_classify(a, None, weight.t()).square().sum()
+
+    want = torch.autograd.grad(loss(parameter), parameter)[0]
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend='aot_eager')(parameter), parameter)[0]
+    torch.testing.assert_close(got, want)
+
+
 def test_direct_calls_ignore_autocast():
     a = features(6, 5).requires_grad_()
     weight, bias = classifier(6)

@@ -11,7 +11,7 @@ from op_cases import classifier, deviation, double, features, run
 from torch._subclasses import FakeTensorMode
 
 from timm_bilinear import ops
-from timm_bilinear.ops import bilinear_classify, bilinear_pool, library, reference, triton, triton_forward
+from timm_bilinear.ops import bilinear_classify, bilinear_pool, library, reference, triton, triton_forward, triton_tiles
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason='no GPU')
@@ -70,12 +70,12 @@ def compare(inputs, pool, dtype, eps=1e-10, factor=1.0):
     want = run(lambda *x: reference.bilinear_classify(*x, pool, eps), double(*inputs), grad)
     assert {x.dtype for x in got} == {dtype}
     out, *grad_features, grad_weight, grad_bias = zip(got, want)
-    u = (grad.double() @ weight.double()).abs().max().item()
     assert deviation(*out) < tolerance
     assert deviation(*grad_weight) < grad_tolerance and deviation(*grad_bias) < grad_tolerance
+    u = (grad.double() @ weight.double()).abs().max().item()
     for x in grad_features:
-        # Of u - z (z.u) nothing is left in a 1 x 1 descriptor, and little in small ones: compare to u / |a|.
-        assert deviation(*x, at_least=10 * u if a.shape[1] == 1 else u) < factor * grad_tolerance
+        # After the L2 norm little of u - z (z.u), or nothing, is left to one channel: compare to u / |a|, |a| >= 0.1.
+        assert deviation(*x, at_least=10 * u if x[0].shape[1] == 1 else 0.0) < factor * grad_tolerance
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -136,7 +136,7 @@ def test_pool(dtype, two, pool):
     assert deviation(got[0], want[0]) < tolerance
     torch.testing.assert_close(got[0].double().norm(dim=1), torch.ones(2).double(), atol=tolerance, rtol=0)
     for x, y in zip(got[1:], want[1:]):
-        assert deviation(x, y, at_least=1.0) < grad_tolerance
+        assert deviation(x, y) < grad_tolerance
 
 
 @pytest.mark.parametrize('eps', [1e-5, 1e-2])
@@ -152,6 +152,48 @@ def test_repeatable(dtype):
     inputs = features(65, 49, dtype=dtype), None, *classifier(65, dtype=dtype)
     first, second = (run(bilinear_classify, inputs, torch.ones(2, 4)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@pytest.mark.parametrize('layout', [lambda x: x.repeat_interleave(2)[::2], lambda x: x[:1].expand(4)])
+def test_bias_of_any_stride(layout):
+    a, (weight, bias) = features(20, 30), classifier(20)
+    bias = layout(bias)
+    assert not bias.is_contiguous() or bias.stride() != (1,)
+    compare((a, None, weight, bias), 'avg', torch.float32)
+
+
+def test_small_half_precision_descriptors_under_a_scaled_loss():
+    # Gradients of unnormalised descriptors of small norm leave float16, those of the features do not.
+    a = features(4, 49).mul(0.03).half()
+    grad = 3e3 * torch.randn(2, 10)
+    got = run(bilinear_pool, (a,), grad)
+    want = run(
+        lambda a: reference.bilinear_classify(a, None, torch.eye(10).double(), None, 'avg', 1e-10),
+        double(a),
+        grad.half(),
+    )
+    assert deviation(got[1], want[1]) < 2**-8
+
+
+@pytest.mark.parametrize('setting', ['tf32', 'ieee', 'none'])
+def test_precision_set_by_the_new_api(setting):
+    # PyTorch raises where its old and new settings meet.
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = setting
+    try:
+        assert triton_tiles.precision(torch.float32) == ('tf32' if setting == 'tf32' else 'tf32x3')
+        bilinear_classify(features(20, 30), None, *classifier(20))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('eps', [1e-46, 1e-38, 1.0])
+def test_any_eps_is_finite(eps, dtype):
+    a = torch.zeros(2, 65, 49, dtype=dtype)
+    a[1, 3, 5] = 6e-8
+    out = run(lambda *x: bilinear_classify(*x, eps=eps), (a, None, *classifier(65, dtype=dtype)), torch.ones(2, 4))
+    assert all(x.isfinite().all() for x in out)
 
 
 def test_no_bias_and_frozen_parts():

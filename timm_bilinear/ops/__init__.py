@@ -81,6 +81,11 @@ def _check(
         _check_same('locations', 'b', tuple(b.shape[2:]), tuple(a.shape[2:]))
         size, described = a.shape[1] * b.shape[1], f'{a.shape[1]} x {b.shape[1]} channels'
     if weight is not None:
+        for name, x in (('weight', weight), ('bias', bias)):
+            if x is not None and not isinstance(x, torch.Tensor):
+                raise TypeError(f"'{name}' must be a tensor, got {type(x).__name__}.")
+            if x is not None and not x.is_floating_point():
+                raise TypeError(f"'{name}' must be floating point, got {x.dtype}.")
         if weight.dim() != 2 or weight.shape[1] != size:
             raise ValueError(f"'weight' must be (K, {size}) for {described}, got shape {tuple(weight.shape)}.")
         _check_same('device', 'weight', weight.device, a.device)
@@ -184,8 +189,9 @@ def bilinear_pool(
     _check(a, b, None, None, pool, eps)
     dtype = _autocast_dtype(a.device.type) or a.dtype
     with _without_autocast(a.device.type):
+        a, b = _streams(a, b)
         if _is_fast(a, pool):
-            y, *_ = library.bilinear_pool(*_streams(a, b), pool, eps)
+            y, *_ = library.bilinear_pool(a, b, pool, eps)
             return F.normalize(y.to(reference.compute_dtype(y.dtype)), dim=1, eps=1e-12).to(dtype)
         z = reference.bilinear_pool(_reference_features(a), _reference_features(b), pool, eps)
     _check_finite(z)
@@ -224,13 +230,14 @@ def bilinear_classify(
         TypeError: If a tensor is not floating point, or dtypes differ outside autocast.
         ValueError: If shapes, devices, `pool` or `eps` are wrong, or (on the CPU) features are not finite.
     """
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"'weight' must be a tensor, got {type(weight).__name__}.")
+    if weight is None:
+        raise TypeError("'weight' must be a tensor, got NoneType.")
     _check(a, b, weight, bias, pool, eps)
     dtype = _autocast_dtype(a.device.type) or a.dtype
     with _without_autocast(a.device.type):
+        a, b = _streams(a, b)
         if _is_fast(a, pool):
-            logits, *_ = library.bilinear_classify(*_streams(a, b), weight, bias, pool, eps, recompute)
+            logits, *_ = library.bilinear_classify(a, b, weight, bias, pool, eps, recompute)
             return logits.to(dtype)
         a, b = _reference_features(a), _reference_features(b)
         logits = reference.bilinear_classify(a, b, weight, bias, pool, eps)

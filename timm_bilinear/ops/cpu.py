@@ -181,9 +181,9 @@ def backward(
         for out, image_grad, r in zip(grads, image_grads, (s, t)):
             if r != 1.0:
                 image_grad = image_grad / r
-            if out.dtype == torch.float16:  # of tiny features float16 cannot hold the gradient
-                image_grad = image_grad.clamp(-65504.0, 65504.0)
-            out[i] = image_grad
+            # of tiny features float16 cannot hold the gradient, nor any dtype if the other stream's are huge
+            largest = torch.finfo(out.dtype).max
+            out[i] = image_grad.clamp_(-largest, largest)
     return grads
 
 

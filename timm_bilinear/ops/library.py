@@ -27,10 +27,10 @@ def _path(x: Tensor):
     return triton
 
 
-def _fake_descriptors(a: Tensor, b: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+def _fake_descriptors(a: Tensor, b: Optional[Tensor], gpu_dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor]:
     size = packed_size(a.shape[1]) if b is None else a.shape[1] * b.shape[1]
     dtype = compute_dtype(a.dtype)
-    y = a.new_empty(a.shape[0], size, dtype=dtype if a.device.type == 'cpu' else a.dtype)
+    y = a.new_empty(a.shape[0], size, dtype=dtype if a.device.type == 'cpu' else gpu_dtype)
     return y, a.new_empty(a.shape[0], dtype=dtype), a.new_empty(a.shape[0], 2, dtype=dtype)
 
 
@@ -46,7 +46,7 @@ def bilinear_pool(a: Tensor, b: Optional[Tensor], pool: str, eps: float) -> Tupl
 
 @bilinear_pool.register_fake
 def _(a, b, pool, eps):
-    return _fake_descriptors(a, b)
+    return _fake_descriptors(a, b, torch.float32 if a.dtype == torch.float16 else a.dtype)
 
 
 @torch.library.custom_op('timm_bilinear::bilinear_pool_backward', mutates_args=(), device_types=('cpu', 'cuda'))
@@ -100,7 +100,7 @@ def bilinear_classify(
 
 @bilinear_classify.register_fake
 def _(a, b, weight, bias, pool, eps, recompute):
-    y, norm, scale = _fake_descriptors(a, b)
+    y, norm, scale = _fake_descriptors(a, b, a.dtype)
     logits = a.new_empty(a.shape[0], weight.shape[0])
     return logits, logits.new_empty(logits.shape, dtype=norm.dtype), y, norm, scale
 
@@ -126,12 +126,14 @@ def bilinear_classify_backward(
 
 @bilinear_classify_backward.register_fake
 def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight):
-    return _fake_gradients(*[a, b] * need_features, *[weight] * need_weight)
+    grads = _fake_gradients(a, b) if need_features else []
+    return grads + [weight.new_empty(weight.shape)] * need_weight
 
 
 def _classify_setup(ctx, inputs, output):
     a, b, weight, bias, ctx.pool, ctx.eps, ctx.recompute = inputs
     _, scores, y, norm, scale = output
+    ctx.y_dtype = y.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(scores, y, norm, scale)
     ctx.set_materialize_grads(False)
@@ -144,7 +146,8 @@ def _classify_backward(ctx, grad, *_):
         return (None,) * 7
     if ctx.recompute:
         with torch.no_grad():
-            descriptors = torch.ops.timm_bilinear.bilinear_pool(a, b, ctx.pool, ctx.eps)
+            y, *descriptors = torch.ops.timm_bilinear.bilinear_pool(a, b, ctx.pool, ctx.eps)
+        descriptors = (y.to(ctx.y_dtype), *descriptors)
     need_features, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
     grads = torch.ops.timm_bilinear.bilinear_classify_backward(
         grad, scores, *descriptors, a, b, weight, ctx.pool, ctx.eps, need_features, need_weight

@@ -33,10 +33,15 @@ def _products(a: torch.Tensor, b: torch.Tensor, pool: str) -> torch.Tensor:
     return z / a.shape[2] if pool == 'avg' else z
 
 
-def _scale(x: torch.Tensor) -> torch.Tensor:
-    """Divisor of each image's features, (B, 1, 1): 1, but the largest of those whose squares could overflow float32."""
-    largest = x.detach().abs().amax((1, 2), keepdim=True)
-    return torch.where(largest > 1e14, largest, torch.ones_like(largest))
+def _scales(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Divisors of each image's features, (B, 1, 1): 1, but the largest of each where their products could overflow."""
+    largest_a = a.detach().abs().amax((1, 2), keepdim=True)
+    largest_b = b.detach().abs().amax((1, 2), keepdim=True)
+    # room for the sum over locations, and for that of the squared descriptor
+    most = (3e30 if a.dtype == torch.float32 else 1e300) / a.shape[2]
+    huge = largest_a > most / largest_b.clamp_min(1.0)
+    huge = huge | (largest_b > most / largest_a.clamp_min(1.0))
+    return torch.where(huge, largest_a, 1.0), torch.where(huge, largest_b, 1.0)
 
 
 def _unnormalised(
@@ -52,8 +57,7 @@ def _unnormalised(
     b_ = a if b is None else b.to(dtype).flatten(2)
 
     # After the L2 norm only eps tells that features were scaled down.
-    scale_a = _scale(a)
-    scale_b = scale_a if symmetric else _scale(b_)
+    scale_a, scale_b = _scales(a, b_)
     a = a / scale_a
     b_ = a if symmetric else b_ / scale_b
     eps_ = (eps / scale_a / scale_b).clamp_min(1e-30)  # sqrt() has no gradient at 0

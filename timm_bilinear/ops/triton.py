@@ -54,11 +54,14 @@ def forward(
         eps: Offset under the root.
 
     Returns:
-        Tuple: y (B, D) in the dtype of a; its norms (B,), float32, at least 1e-12; scale (B, 2), float32, 1 but where
-        features were out of range: those of a and b were divided by it, and so y by the root of its product.
+        Tuple: y (B, D) in the dtype of a, but float32 for float16; its norms (B,), float32, at least 1e-12; scale
+        (B, 2), float32, 1 but where features were out of range: those of a and b were divided by it, and so y by the
+        root of its product.
     """
     with on_device_of(a):
-        y, partial, scale = descriptors(a, b, pool, eps)
+        # float16 cannot hold every gradient of an unnormalised descriptor, which comes in the dtype of y
+        dtype = torch.float32 if a.dtype == torch.float16 else a.dtype
+        y, partial, scale = descriptors(a, b, pool, eps, dtype)
         return y, norms(partial), scale
 
 
@@ -72,10 +75,10 @@ def classify(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (B, K) in the dtype of a; scores, which are logits before the bias, in float32; what `forward` returns."""
     with on_device_of(a):
-        y, partial, scale = descriptors(a, b, pool, eps)
+        y, partial, scale = descriptors(a, b, pool, eps, a.dtype)
         scores = _matmul(y, weight.to(y.dtype).t())
         logits = torch.empty_like(scores, dtype=a.dtype)
-        norm = norms(partial, scores, bias, logits)
+        norm = norms(partial, scores, None if bias is None else bias.contiguous(), logits)
     return logits, scores, y, norm, scale
 
 

@@ -113,8 +113,12 @@ def _backward_kernel(
     u_ptr += image * size
     y_ptr += image * size
     x_ptr += image * stride_xb
-    # Features x are divided by their scale here, those of the rows at the end: no product leaves float32's range.
+    # Products of x, over its scale, stay in float32's range; the scale of the rows' features follows at the end.
+    # bfloat16 goes to the tensor cores as it was loaded, so there it is dZ that is divided.
     scale = tl.load(scale_ptr + 2 * image + (1 - STREAM))
+    inverse = 1.0 / scale
+    if DOT == tl.float32:
+        scale = 1.0
     c1 = tl.load(coefficients_ptr + 3 * image) / scale
     c2 = tl.load(coefficients_ptr + 3 * image + 1) / scale
     root = tl.load(coefficients_ptr + 3 * image + 2)
@@ -131,6 +135,8 @@ def _backward_kernel(
             dz = tl.trans(slope(u, y, j[:, None], i[None, :], c1, c2, root, SYMMETRIC).to(DOT))
             x_keep = (j < channels_x)[:, None] & (n < locations)[None, :]
             x = tl.load(x_ptr + j[:, None] * stride_xc + n[None, :] * stride_xn, mask=x_keep, other=0.0).to(DOT)
+            if DOT == tl.float32:
+                x = x * inverse
             acc = dot(dz, x, acc, PRECISION)
     for j0 in range(start, channels_x, BLOCK_J):
         j = j0 + j_
@@ -145,6 +151,8 @@ def _backward_kernel(
         dz = slope(u, y, i[:, None], j[None, :], c1, c2, root, SYMMETRIC).to(DOT)
         x_keep = (j < channels_x)[:, None] & (n < locations)[None, :]
         x = tl.load(x_ptr + j[:, None] * stride_xc + n[None, :] * stride_xn, mask=x_keep, other=0.0).to(DOT)
+        if DOT == tl.float32:
+            x = x * inverse
         acc = dot(dz, x, acc, PRECISION)
     acc = acc / tl.load(scale_ptr + 2 * image + STREAM)
     acc = tl.clamp(acc, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)

@@ -189,8 +189,9 @@ def descriptors(
     b: Optional[torch.Tensor],
     pool: str,
     eps: float,
+    dtype: torch.dtype,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unnormalised descriptors y (B, D) in the dtype of a, partial sums of their squares (B, tiles), scale (B, 2)."""
+    """Unnormalised descriptors y (B, D) in a dtype, partial sums of their squares (B, tiles), scale (B, 2)."""
     batch, channels, locations = a.shape
     channels_b = None if b is None else b.shape[1]
     config, small = (FLOAT, FLOAT_SMALL) if a.dtype == torch.float32 else (HALF, HALF_SMALL)
@@ -205,7 +206,7 @@ def descriptors(
     # Rows that do not start at multiples of 16 reach shared memory through registers, and the second pass needs more of
     # those too: both take shorter steps.
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*a.stride(), *x.stride()))
-    y = a.new_empty(batch, size)
+    y = a.new_empty(batch, size, dtype=dtype)
     first, second = a.new_empty(2, batch, tiles, dtype=torch.float32)
     scale = a.new_empty(batch, 2, dtype=torch.float32)
     for again in (False, True):
@@ -225,7 +226,7 @@ def descriptors(
             *a.stride(),
             *x.stride(),
             1 / locations if pool == 'avg' else 1.0,
-            eps,
+            max(eps, 1e-30),
             SYMMETRIC=b is None,
             AGAIN=again,
             HALF=a.dtype == torch.float16,

@@ -169,9 +169,9 @@ def max_backward_kernel(
     i = (tile // n_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
     n = (tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptrs = x_ptr + image * stride_xb + n * stride_xn
-    scale = tl.load(scale_ptr + 2 * image + (1 - STREAM))
-    c1 = tl.load(coefficients_ptr + 3 * image) / scale
-    c2 = tl.load(coefficients_ptr + 3 * image + 1) / scale
+    inverse = 1.0 / tl.load(scale_ptr + 2 * image + (1 - STREAM))
+    c1 = tl.load(coefficients_ptr + 3 * image)
+    c2 = tl.load(coefficients_ptr + 3 * image + 1)
     root = tl.load(coefficients_ptr + 3 * image + 2)
     acc = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
     for j in range(0, channels_x):
@@ -184,7 +184,7 @@ def max_backward_kernel(
         y = tl.load(y_ptr + place, mask=i < channels, other=0.0)
         location = tl.load(location_ptr + place, mask=i < channels, other=-1)
         dz = slope(u, y, i, j, c1, c2, root, SYMMETRIC)
-        x = tl.load(x_ptrs, mask=n < locations, other=0.0).to(tl.float32)
+        x = tl.load(x_ptrs, mask=n < locations, other=0.0).to(tl.float32) * inverse
         acc += tl.where(location[:, None] == n[None, :], dz[:, None] * x[None, :], 0.0)
         x_ptrs += stride_xc
     acc = acc / tl.load(scale_ptr + 2 * image + STREAM)

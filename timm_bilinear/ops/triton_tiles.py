@@ -40,7 +40,8 @@ def precision(dtype: torch.dtype) -> str:
     """Products of float32: TF32 where the user has allowed it, else three of them, which are as good as float32."""
     if dtype != torch.float32:
         return 'tf32'  # what float16 gradients take: its mantissa with the range of float32
-    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
+    # not allow_tf32, which raises once the user has set this
+    return 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'tf32x3'
 
 
 def on_device_of(x: torch.Tensor):
@@ -82,9 +83,9 @@ def tile_of(tile, columns, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def power_of_two(x):
-    """Largest power of two that is not above x > 0, at most 2^126, whose inverse is a normal number still."""
+    """Largest power of two that is not above x >= 0; within 2^-126 and 2^126, whose inverses are normal numbers too."""
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.minimum(bits, 0x7E800000).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(bits, 0x00800000), 0x7E800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
