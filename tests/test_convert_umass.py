@@ -1,5 +1,6 @@
 """The authors' checkpoints through hub/convert_umass.py; with UMASS_REPO, a checkout of theirs, from their own code."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import torchvision
 from small_models import randomise_norms
 from test_pretrained import (
     AuthorsDenseNet,
-    AuthorsInception,
     AuthorsNet,
     AuthorsResNet,
     AuthorsVGG,
@@ -23,6 +23,9 @@ from test_pretrained import (
 
 pytestmark = pytest.mark.usefixtures('clean_up')
 SCRIPT = Path(__file__).parents[1] / 'hub' / 'convert_umass.py'
+spec = importlib.util.spec_from_file_location('convert_umass', SCRIPT)
+convert_umass = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(convert_umass)
 models = torchvision.models
 
 
@@ -41,18 +44,29 @@ def convert(*args, check=True):
 
 
 @pytest.mark.parametrize(
-    'streams,proj_dim,architecture,size',
-    [
-        (lambda: [AuthorsVGG()], 0, 'bcnn_vgg16', 64),
-        (lambda: [AuthorsVGG(), AuthorsVGG()], 32, 'bcnn', 64),
-        (lambda: [AuthorsResNet(models.resnet101(weights=None))], 16, 'bcnn', 64),
-        (lambda: [AuthorsResNet(models.resnet34()), AuthorsResNet(models.resnet18())], 16, 'bcnn', 64),
-        (lambda: [AuthorsDenseNet(models.densenet201(weights=None))], 16, 'bcnn', 64),
-        (lambda: [AuthorsInception(models.inception_v3(weights=None, init_weights=False))], 16, 'bcnn', 256),
-    ],
-    ids=['vgg', 'vgg vgg', 'resnet101', 'resnet34 resnet18', 'densenet', 'inception'],
+    'name',
+    (
+        'vgg11 vgg13_bn vgg16 vgg16_bn vgg19 resnet18 resnet34 resnet50 resnet101 resnet152 densenet121 densenet169'
+        ' densenet201 inception_v3'
+    ).split(),
 )
-def test_logits(tmp_path, streams, proj_dim, architecture, size):
+def test_backbone_of(name):
+    with torch.device('meta'):
+        net = getattr(models, name)(weights=None, **(dict(init_weights=False) if name == 'inception_v3' else {}))
+    keys = list((net.features if name.startswith('vgg') else net).state_dict())
+    assert convert_umass.backbone_of(keys) == name
+
+
+@pytest.mark.parametrize(
+    'streams,proj_dim,architecture',
+    [
+        (lambda: [AuthorsVGG()], 0, 'bcnn_vgg16'),
+        (lambda: [AuthorsResNet(models.resnet34()), AuthorsResNet(models.resnet18())], 16, 'bcnn'),
+        (lambda: [AuthorsDenseNet(models.densenet121())], 16, 'bcnn'),
+    ],
+    ids=['vgg', 'resnet34 resnet18', 'densenet'],
+)
+def test_logits(tmp_path, streams, proj_dim, architecture):
     net = randomise_norms(AuthorsNet(*streams(), proj_dim=proj_dim))
     spread(net.fc)
     labels = tmp_path / 'labels.txt'
@@ -60,7 +74,7 @@ def test_logits(tmp_path, streams, proj_dim, architecture, size):
     convert(save(net, tmp_path / 'x.pth.tar'), tmp_path / 'out', '--label-names', labels, '--dataset', 'aircrafts')
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert loaded.pretrained_cfg['architecture'] == architecture
-    assert_same_logits(loaded, net, size=size)
+    assert_same_logits(loaded, net, size=64)
     config = timm.data.resolve_model_data_config(loaded)
     assert config['input_size'] == (3, 448, 448) and (config['crop_pct'], config['crop_mode']) == (0.875, 'squash')
     assert loaded.pretrained_cfg['label_names'][13] == 'class 13'
