@@ -321,8 +321,12 @@ def test_nothing_is_sent_before_all_is_built(hub, model, monkeypatch):
 
 
 def test_xet_is_named(hub, model, monkeypatch):
+    # The client wants Xet storage as soon as hf_xet is installed; this Hub, like many mirrors, has none.
+    pytest.importorskip('hf_xet')
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', False)
-    monkeypatch.setattr(timm_bilinear.hub.importlib.util, 'find_spec', lambda name: name)
-    hub.fault(COMMIT, 503, times=999)
-    with pytest.raises(RuntimeError, match='HF_HUB_DISABLE_XET=1'):
+    with pytest.raises(RuntimeError, match='HF_HUB_DISABLE_XET=1') as e:
         push(model)
+    assert '\n' not in str(e.value)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
+    push(model)
+    assert_same(pull(), model)
