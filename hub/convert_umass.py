@@ -8,6 +8,7 @@ be known: that the pooling was the outer product (not 'gamma_demo'), and how ima
 """
 
 import argparse
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -126,12 +127,10 @@ def convert(
         raise FileExistsError(f"'{output}' is not empty")
     try:
         loaded = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as e:
-        raise ValueError(f"'{checkpoint}' is not a checkpoint that can be read") from e
-    except Exception as e:
-        if type(e).__name__ != 'UnpicklingError':
-            raise
+    except pickle.UnpicklingError as e:
         raise ValueError(f"'{checkpoint}' is no checkpoint, or holds more than weights and numbers") from e
+    except (RuntimeError, EOFError, LookupError, ValueError) as e:
+        raise ValueError(f"'{checkpoint}' is not a checkpoint that can be read") from e
     state_dict = loaded.get('state_dict') if isinstance(loaded, dict) else None
     if not isinstance(state_dict, dict):
         raise ValueError(f"'{checkpoint}' has no state_dict")

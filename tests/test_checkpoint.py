@@ -77,6 +77,12 @@ def test_class_map(tmp_path):
     assert load_trained(tmp_path / 'run' / 'model_best.pth.tar').label_names == ['zebra', 'yak', 'ant']
 
 
+def test_missing_class_map(tmp_path):
+    train_script_run(tmp_path / 'run', class_map='gone.txt')
+    with pytest.raises(ValueError, match=r"class map 'gone\.txt' of the run cannot be read"):
+        load_trained(tmp_path / 'run' / 'model_best.pth.tar')
+
+
 def test_folders_that_are_not_the_classes_name_nothing(tmp_path):
     train_script_run(tmp_path / 'run', label_names=LABELS[:2])
     assert load_trained(tmp_path / 'run' / 'model_best.pth.tar').label_names is None
@@ -136,6 +142,11 @@ def broken(path):
     return path
 
 
+def text(path):
+    path.write_text('hello')
+    return path
+
+
 def state_dict_alone(path):
     torch.save({'a': torch.ones(1)}, path)
     return path
@@ -146,6 +157,7 @@ def state_dict_alone(path):
     [
         (lambda p: p, FileNotFoundError, r"There is no checkpoint '.*x'"),
         (broken, ValueError, r"'.*x' is not a checkpoint that can be read"),
+        (text, ValueError, r"'.*x' is not a checkpoint that can be read"),
         (state_dict_alone, ValueError, r"'.*x' is not a checkpoint of timm's train script"),
         (lambda p: p.mkdir() or p, ValueError, r"'.*x' has no config.json"),
     ],

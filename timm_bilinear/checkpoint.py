@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
@@ -53,7 +54,10 @@ def _summary_row(folder: Path, epoch: Optional[int], metric: str) -> Dict[str, f
 def _label_names(args: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
     """Class names of a run of timm's train script: its class map, or the folders it was trained on."""
     if args.get('class_map'):
-        names = load_class_map(args['class_map'], args.get('data_dir') or '')
+        try:
+            names = load_class_map(args['class_map'], args.get('data_dir') or '')
+        except AssertionError as e:  # timm's, of a missing file or an unknown format
+            raise ValueError(f"The class map '{args['class_map']}' of the run cannot be read: {e}.") from None
         names = sorted(names, key=names.get)
     else:
         folder = Path(args.get('data_dir') or args.get('data') or '.') / (args.get('train_split') or 'train')
@@ -77,7 +81,7 @@ def _load_file(path: Path) -> Trained:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
         raise ValueError(f"'{path}' is not a checkpoint that can be read ({str(e).splitlines()[0]}).") from e
     args = _read_args(path.parent)
     if not args and isinstance(checkpoint, dict) and isinstance(checkpoint.get('args'), argparse.Namespace):
