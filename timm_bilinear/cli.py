@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--pretrained', action=argparse.BooleanOptionalAction, default=True, help='start from weights')
     p.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='model arguments, name=value')
     p.add_argument('--img-size', type=int, help="input height and width (default: the model's)")
+    p.add_argument('--train-size', type=int, help='height and width of the crops trained on (default: --img-size)')
     p.add_argument('--batch-size', type=int, default=32)
     p.add_argument('--epochs', type=int, default=30, help='epochs with everything trained (default: %(default)s)')
     p.add_argument(

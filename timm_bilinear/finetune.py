@@ -65,12 +65,13 @@ def default_stages(from_weights: bool, epochs: int, head_epochs: int) -> List[St
     return [stage for stage in stages if stage.epochs > 0]
 
 
-def _create_optimizer(model: BilinearCNN, stage: Stage) -> torch.optim.Optimizer:
+def _create_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    of_head = set((model.head if isinstance(model, BilinearCNN) else model.get_classifier()).parameters())
     head, decay, no_decay = [], [], []
-    for name, param in model.named_parameters():
+    for param in model.parameters():
         if not param.requires_grad:
             continue
-        group = head if name.startswith('head.') else decay if param.ndim > 1 else no_decay
+        group = head if param in of_head else decay if param.ndim > 1 else no_decay
         group.append(param)
     groups = [
         dict(params=head, lr=stage.head_lr, weight_decay=0.0),
@@ -139,7 +140,15 @@ def evaluate(
     return {'loss': losses.avg, 'top1': top1.avg}
 
 
-def _create_loaders(datasets, data_config: dict, batch_size: int, workers: int, device, train_aug: dict) -> dict:
+def _create_loaders(
+    datasets,
+    data_config: dict,
+    train_size: Optional[int],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    train_aug: dict,
+) -> dict:
     common = dict(
         batch_size=batch_size,
         num_workers=workers,
@@ -150,6 +159,8 @@ def _create_loaders(datasets, data_config: dict, batch_size: int, workers: int, 
         **{k: data_config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
     )
     loaders = {split: create_loader(ds, **common) for split, ds in datasets.items() if split != 'train'}
+    if train_size:
+        common['input_size'] = (data_config['input_size'][0], train_size, train_size)
     common['batch_size'] = min(batch_size, len(datasets['train']))  # the last, smaller batch is dropped
     loaders['train'] = create_loader(datasets['train'], is_training=True, **common, **train_aug)
     return loaders
@@ -162,6 +173,7 @@ def finetune(
     pretrained: bool = True,
     model_kwargs: Optional[Dict[str, Any]] = None,
     img_size: Optional[int] = None,
+    train_size: Optional[int] = None,
     batch_size: int = 32,
     epochs: int = 30,
     head_epochs: int = 30,
@@ -181,10 +193,13 @@ def finetune(
     Args:
         data_dir: Folder with `train`, `val` and optionally `test`, each with a folder per class.
         output: Folder for config.json, model.safetensors, args.yaml, summary.csv, results.json and checkpoints/.
-        model: timm model name of a bilinear CNN, with `local-dir:` or `hf-hub:` as for `timm.create_model`.
+        model: timm model name, with `local-dir:` or `hf-hub:` as for `timm.create_model`. Other models than bilinear
+            CNNs train with `stages` in which nothing is frozen, for comparison.
         pretrained: Start from weights.
         model_kwargs: Further arguments for `timm.create_model`.
         img_size: Input height and width in pixels, the model's own if None.
+        train_size: Height and width of the crops trained on, `img_size` if None. Pooling is over any number of
+            locations: small crops at the scale of whole images train several times as fast.
         batch_size: Images per step.
         epochs: Epochs with everything trained.
         head_epochs: Epochs with frozen streams before that, if they start from weights.
@@ -218,19 +233,25 @@ def finetune(
 
     random_seed(seed)
     net = timm.create_model(model, pretrained=pretrained, num_classes=len(label_names), **(model_kwargs or {}))
-    if not isinstance(net, BilinearCNN):
-        raise ValueError(f"'model' must be a bilinear CNN, got {model!r}.")
+    stages = stages or default_stages(pretrained, epochs, head_epochs)
+    if not isinstance(net, BilinearCNN) and any(stage.lr == 0.0 for stage in stages):
+        raise ValueError(f"'model' must be a bilinear CNN for a stage with frozen streams, got {model!r}.")
     torch_device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     net.to(device=torch_device, memory_format=torch.channels_last)
-    args = dict(input_size=(net.in_chans, img_size, img_size)) if img_size else {}
+    in_chans = getattr(net, 'in_chans', 3)
+    args = dict(input_size=(in_chans, img_size, img_size)) if img_size else {}
     data_config = resolve_model_data_config(net, args=args)
-    loaders = _create_loaders(datasets, data_config, batch_size, workers, torch_device, train_aug or {})
+    loaders = _create_loaders(datasets, data_config, train_size, batch_size, workers, torch_device, train_aug or {})
     amp = None if amp_dtype is None else getattr(torch, amp_dtype)
 
     checkpoints.mkdir(parents=True, exist_ok=True)
-    stages = stages or default_stages(pretrained, epochs, head_epochs)
     told = dict(
-        data_dir=str(data_dir), model=model, pretrained=pretrained, model_kwargs=model_kwargs, img_size=img_size
+        data_dir=str(data_dir),
+        model=model,
+        pretrained=pretrained,
+        model_kwargs=model_kwargs,
+        img_size=img_size,
+        train_size=train_size,
     )
     told.update(batch_size=batch_size, smoothing=smoothing, amp_dtype=amp_dtype, seed=seed, **(train_aug or {}))
     told.update(stages=[vars(stage) for stage in stages])
@@ -242,7 +263,8 @@ def finetune(
         first, end = end, end + stage.epochs
         if start >= end and stage is not stages[-1]:
             continue
-        net.set_freeze_backbone(stage.lr == 0.0)
+        if isinstance(net, BilinearCNN):
+            net.set_freeze_backbone(stage.lr == 0.0)
         optimizer = _create_optimizer(net, stage)
         if saver is None:
             saver = CheckpointSaver(
