@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from .finetune import finetune
-from .fonts import FAMILIES, render_dataset
+from .fonts import demo_fonts, render_dataset
 
 __all__ = ['demo']
 
@@ -27,8 +27,8 @@ def demo(output: Union[str, Path] = '.demo') -> float:
         Top-1 accuracy of the loaded model on the test split, in percent.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    data = render_dataset(output / 'fonts', train=400, val=50, test=50, size=128)
+    fonts = demo_fonts()
+    data = render_dataset(output / 'fonts', fonts, dict(train=400, val=40, test=40), size=128, train_render=256)
     folder = output / 'model'
     if (folder / 'config.json').is_file():
         print(f"Using the model in '{folder}'; remove it to train again.")
@@ -50,7 +50,7 @@ def demo(output: Union[str, Path] = '.demo') -> float:
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
     names = model.pretrained_cfg['label_names']
-    paths = sorted((data / 'test').glob('*/*.jpg'))
+    paths = sorted((data / 'test').glob('*/*.png'))
     correct = 0
     for start in range(0, len(paths), 50):
         batch = paths[start : start + 50]
@@ -59,12 +59,12 @@ def demo(output: Union[str, Path] = '.demo') -> float:
         correct += sum(names[i] == p.parent.name for i, p in zip(top1.tolist(), batch))
     accuracy = 100 * correct / len(paths)
 
-    print(f'\nLoaded from {folder}. Predictions for some test images (none of their words were seen in training):')
+    print(f'\nLoaded from {folder}. Predictions for some test images (none of their texts were seen in training):')
     for path in random.Random(0).sample(paths, 6):
         with torch.inference_mode():
             probs = model(transform(Image.open(path).convert('RGB')).unsqueeze(0)).softmax(1)[0]
         best = probs.topk(2)
         guesses = ', '.join(f'{names[i]} {100 * p:.0f} %' for p, i in zip(best.values.tolist(), best.indices.tolist()))
         print(f'  {path}: {guesses}')
-    print(f'Top-1 on {len(paths)} test images of {len(FAMILIES)} families: {accuracy:.1f} %')
+    print(f'Top-1 on {len(paths)} test images of {len(fonts)} families: {accuracy:.1f} %')
     return accuracy
