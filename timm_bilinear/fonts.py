@@ -320,8 +320,10 @@ def render_dataset(
     """
     root = Path(root)
     settings = dict(counts=counts, size=size, train_render=train_render, seed=seed)
-    # names, not paths: the folder may be moved, and so may the fonts
-    settings['fonts'] = {k: [dict(asdict(f), path=Path(f.path).name) for f in fonts[k]] for k in sorted(fonts)}
+    # family and file, not the whole path: the folder may be moved, and so may the fonts
+    settings['fonts'] = {
+        k: [dict(asdict(f), path='/'.join(Path(f.path).parts[-2:])) for f in fonts[k]] for k in sorted(fonts)
+    }
     file = root / 'fonts.json'
     if file.is_file():
         if json.loads(file.read_text()) != json.loads(json.dumps(settings)):

@@ -1,0 +1,56 @@
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from timm_bilinear.fonts import demo_fonts
+
+SCRIPT = Path(__file__).parents[1] / 'hub' / 'fonts' / 'build.py'
+
+
+def _build(*args, **kwargs):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def npm(tmp_path):
+    """An npm that packs one family."""
+    package = tmp_path / 'package'
+    package.mkdir()
+    font = Path(demo_fonts()['anton'][0].path).read_bytes()
+    for name in ('anton-latin-400-normal.woff2', 'anton-latin-ext-400-normal.woff2', 'LICENSE', 'index.css'):
+        (package / name).write_bytes(font)
+    with tarfile.open(tmp_path / 'anton.tgz', 'w:gz') as tar:
+        tar.add(package, 'package')
+    script = tmp_path / 'bin' / 'npm'
+    script.parent.mkdir()
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *@fontsource/anton*) cp {tmp_path}/anton.tgz "$5";;\n'
+        '*) echo "npm error code E404" >&2; echo "npm error not found" >&2; exit 1;; esac\n'
+    )
+    script.chmod(0o755)
+    return dict(os.environ, PATH=f'{script.parent}:/usr/bin:/bin')
+
+
+def test_npm_families(tmp_path, npm):
+    small = ('--train', 2, '--val', 1, '--test', 1, '--size', 32, '--train-render', 64)
+    done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'anton', *small, env=npm)
+    assert done.returncode == 0, done.stderr
+    kept = sorted(p.name for p in (tmp_path / 'fonts' / 'anton').iterdir())
+    assert kept == ['LICENSE', 'anton-latin-400-normal.woff2']
+    assert len(list((tmp_path / 'images').rglob('*.*g'))) == 4
+
+    done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'antonn', *small, env=npm)
+    assert done.returncode == 1 and "the font family 'antonn': npm error not found" in done.stderr
+    assert sorted(p.name for p in (tmp_path / 'fonts').iterdir()) == ['anton']
+
+
+def test_broken_font_is_reported(tmp_path):
+    (tmp_path / 'fonts').mkdir()
+    (tmp_path / 'fonts' / 'broken.ttf').write_bytes(b'no font')
+    done = _build(tmp_path / 'fonts', tmp_path / 'images')
+    assert done.returncode == 1 and 'no usable font' in done.stderr and 'broken.ttf' in done.stderr
+    assert not (tmp_path / 'images').exists()
