@@ -28,7 +28,7 @@ def npm(tmp_path):
     script = tmp_path / 'bin' / 'npm'
     script.parent.mkdir()
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in *@fontsource/anton*) cp {tmp_path}/anton.tgz "$5";;\n'
+        f'#!/bin/sh\ncase "$*" in *"@fontsource/anton "*) cp {tmp_path}/anton.tgz "$5";;\n'
         '*) echo "npm error code E404" >&2; echo "npm error not found" >&2; exit 1;; esac\n'
     )
     script.chmod(0o755)
