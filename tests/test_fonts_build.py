@@ -1,18 +1,24 @@
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from timm_bilinear.fonts import demo_fonts
 
-SCRIPT = Path(__file__).parents[1] / 'hub' / 'fonts' / 'build.py'
+SCRIPTS = Path(__file__).parents[1] / 'hub' / 'fonts'
+
+
+def _run(script, *args, **kwargs):
+    return subprocess.run([sys.executable, SCRIPTS / script, *map(str, args)], capture_output=True, text=True, **kwargs)
 
 
 def _build(*args, **kwargs):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, **kwargs)
+    return _run('build.py', *args, **kwargs)
 
 
 @pytest.fixture
@@ -54,3 +60,25 @@ def test_broken_font_is_reported(tmp_path):
     done = _build(tmp_path / 'fonts', tmp_path / 'images')
     assert done.returncode == 1 and 'no usable font' in done.stderr and 'broken.ttf' in done.stderr
     assert not (tmp_path / 'images').exists()
+
+
+def test_compare_and_report(tmp_path):
+    for name in ('anton', 'lobster'):
+        (tmp_path / 'fonts' / name).mkdir(parents=True)
+        path = Path(demo_fonts()[name][0].path)
+        shutil.copy(path, tmp_path / 'fonts' / name / f'{name}-latin-400-normal{path.suffix}')
+    args = ('--train', 4, '--val', 1, '--test', 3, '--size', 64, '--train-render', 64)
+    assert _build(tmp_path / 'fonts', tmp_path / 'images', *args).returncode == 0
+    table = tmp_path / 'table.md'
+    args = (tmp_path / 'images', tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--table', table)
+    done = _run('compare.py', *args)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
+    assert [row[2] for row in rows] == ['11.2 M', '11.3 M', '11.4 M', '2.8 M']
+
+    picture = tmp_path / 'confusions.png'
+    done = _run('report.py', tmp_path / 'runs' / '3_0', tmp_path / 'images', tmp_path / 'fonts', '--picture', picture)
+    assert done.returncode == 0, done.stderr
+    # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
+    assert f'6 images, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout
+    assert Image.open(picture).getbbox()

@@ -1,0 +1,135 @@
+"""Measure a model on the test split of rendered fonts, and draw the fonts it confuses most.
+
+python hub/fonts/report.py hub/bcnn_resnet18.googlefonts images fonts --picture confusions.png
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import timm
+import torch
+from PIL import Image, ImageDraw
+from timm.data import ImageDataset, create_loader, resolve_model_data_config
+from tqdm import tqdm
+
+import timm_bilinear  # noqa: F401
+from timm_bilinear.fonts import Face, find_fonts
+
+
+@dataclass
+class Report:
+    """Measurements on a test split.
+
+    Args:
+        images: Number of images.
+        top1: Images whose font was named, in percent.
+        family_top1: Images whose font's family was named, in percent.
+        parameters: Number of the model's parameters.
+        confusions: Pairs of fonts in alphabetical order, with the number of images of either taken for the other.
+    """
+
+    images: int
+    top1: float
+    family_top1: float
+    parameters: int
+    confusions: List[Tuple[Tuple[str, str], int]]
+
+
+def read_families(images: Path) -> Dict[str, str]:
+    """Family of each class of a folder rendered by build.py: the folder its font lay in."""
+    fonts = json.loads((images / 'fonts.json').read_text())['fonts']
+    return {name: faces[0]['path'].split('/')[0] for name, faces in fonts.items()}
+
+
+@torch.inference_mode()
+def measure(model_dir: Path, images: Path) -> Report:
+    """Measure a saved model.
+
+    Args:
+        model_dir: Folder with config.json and model.safetensors.
+        images: Folder rendered by build.py.
+
+    Raises:
+        FileNotFoundError: If the images are not there.
+        ValueError: If the images show a font that the model does not know.
+    """
+    model = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval()
+    names = list(model.pretrained_cfg['label_names'])
+    families = read_families(images)
+    dataset = ImageDataset(str(images / 'test'), class_map={name: i for i, name in enumerate(names)})
+    folders = {p.name for p in (images / 'test').iterdir()}
+    if not folders <= set(names):
+        raise ValueError(f"The model in '{model_dir}' does not know {sorted(folders - set(names))[0]}.")
+    config = resolve_model_data_config(model)
+    loader = create_loader(
+        dataset,
+        batch_size=64,
+        use_prefetcher=False,
+        **{k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
+    )
+    correct = of_family = 0
+    confusions: Counter = Counter()
+    for batch, targets in tqdm(loader, desc='Testing', unit='batch', leave=False):
+        for guess, target in zip(model(batch).argmax(1).tolist(), targets.tolist()):
+            correct += guess == target
+            of_family += families[names[target]] == families.get(names[guess])
+            if guess != target:
+                confusions[tuple(sorted((names[guess], names[target])))] += 1
+    return Report(
+        len(dataset),
+        100 * correct / len(dataset),
+        100 * of_family / len(dataset),
+        sum(p.numel() for p in model.parameters()),
+        sorted(confusions.items(), key=lambda item: (-item[1], item[0])),
+    )
+
+
+def draw_confusions(report: Report, fonts: Dict[str, List[Face]], per_class: int, count: int = 10) -> Image.Image:
+    """The worst pairs, each as one text in both fonts.
+
+    Args:
+        report: Measurements.
+        fonts: Faces by class.
+        per_class: Test images of each font.
+        count: Number of pairs.
+    """
+    small = next(iter(fonts.values()))[0].at(13)
+    image = Image.new('RGB', (980, 92 * count + 8), 'white')
+    draw = ImageDraw.Draw(image)
+    for row, (pair, errors) in enumerate(report.confusions[:count]):
+        for i, name in enumerate(pair):
+            y = 92 * row + 10 + 40 * i
+            draw.text((12, y + 8), name, fill='black', font=small)
+            draw.text((330, y), 'Grumpy wizards: 375 & $9', fill='black', font=fonts[name][0].at(30))
+        draw.text((820, 92 * row + 38), f'{errors} of {2 * per_class} images', fill='firebrick', font=small)
+        draw.line((12, 92 * row + 96, 968, 92 * row + 96), fill='lightgrey')
+    return image
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', type=Path, help='folder with config.json and model.safetensors')
+    parser.add_argument('images', type=Path, help='folder rendered by build.py')
+    parser.add_argument('fonts', type=Path, help='folder of the fonts')
+    parser.add_argument('--picture', type=Path, help='file for the picture of the most confused fonts')
+    args = parser.parse_args()
+    try:
+        fonts = find_fonts(args.fonts)[0]
+        report = measure(args.model, args.images)
+        print(f'{report.images} images, {report.parameters:,} parameters')
+        print(f'top-1 {report.top1:.2f} %, family top-1 {report.family_top1:.2f} %')
+        for (a, b), errors in report.confusions[:10]:
+            print(f'{errors:4d} {a} / {b}')
+        if args.picture:
+            draw_confusions(report, fonts, report.images // len(fonts)).save(args.picture)
+    except (OSError, RuntimeError, ValueError) as e:
+        sys.exit(f'report.py: error: {e}')
+
+
+if __name__ == '__main__':
+    main()
