@@ -131,10 +131,16 @@ def test_nothing_to_resume(data, tmp_path):
         finetune(data, tmp_path, pretrained=False, resume=True, **SMALL)
 
 
-def test_not_a_bilinear_model(data, tmp_path):
-    with pytest.raises(ValueError, match=r"'model'.*test_resnet"):
-        finetune(data, tmp_path / 'out', model='test_resnet', pretrained=False)
+def test_other_models_for_comparison(data, tmp_path):
+    frozen = [Stage(1, 'sgd', lr=0.0, head_lr=1.0, weight_decay=0.0)]
+    with pytest.raises(ValueError, match=r"'model'.*frozen.*test_resnet"):
+        finetune(data, tmp_path / 'out', model='test_resnet', pretrained=False, stages=frozen)
     assert not (tmp_path / 'out').exists()
+
+    kwargs = dict(SMALL, model='test_resnet', model_kwargs=None, pretrained=False, epochs=1, workers=0)
+    finetune(data, tmp_path / 'out', train_size=24, **kwargs)
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert model.get_classifier().out_features == 2 and model.pretrained_cfg['input_size'] == (3, 32, 32)
 
 
 def test_diverged_loss(data, tmp_path):
