@@ -3,6 +3,7 @@ import errno
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from small_models import GRIDS, ONE, create, images
 from timm.data import resolve_model_data_config
 from timm.models._hub import save_for_hf
@@ -106,3 +107,34 @@ def test_save_for_hf_after_reset(tmp_path):
     x = images()
     with torch.inference_mode():
         assert torch.equal(loaded(x), model(x))
+
+
+def test_push_half(model, tmp_path):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    full, half = (
+        hub.push_to_hub(model, 'me/m', dry_run=tmp_path / name, half=name == 'half') for name in ('full', 'half')
+    )
+    stored = load_file(f'{half}/model.safetensors')
+    loaded = timm.create_model(f'local-dir:{half}', pretrained=True).state_dict()
+    for key, value in before.items():
+        is_matrix = value.ndim > 1
+        assert stored[key].dtype == (torch.float16 if is_matrix else value.dtype), key
+        assert torch.equal(loaded[key], value.half().float() if is_matrix else value), key
+        assert torch.equal(model.state_dict()[key], value), key
+    assert all(torch.equal(value, before[key]) for key, value in load_file(f'{full}/model.safetensors').items())
+
+
+def test_push_of_a_repo_sends_its_files(model, tmp_path):
+    repo, copy = tmp_path / 'repo', tmp_path / 'copy'
+    hub.push_to_hub(model, 'me/m', dry_run=repo, license='mit')
+    (repo / 'README.md').write_text('my card')
+    (repo / 'picture.png').write_bytes(b'png')
+    hub.push_to_hub(repo, 'me/m', dry_run=copy)
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in repo.iterdir()}
+    assert len(list(copy.iterdir())) == 4
+    with pytest.raises(ValueError, match=r'README\.md'):
+        hub.push_to_hub(repo, 'me/m', dry_run=tmp_path / 'other', half=True)
+    (repo / 'model.safetensors').write_bytes(b'')
+    with pytest.raises(ValueError, match=r'model\.safetensors'):
+        hub.push_to_hub(repo, 'me/m', dry_run=tmp_path / 'other')
+    assert not (tmp_path / 'other').exists()

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Union
 import timm
 import torch
 import yaml
+from safetensors import SafetensorError
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.data.readers.class_map import load_class_map
 from timm.models import clean_state_dict
@@ -68,7 +69,10 @@ def _label_names(args: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
 
 
 def _load_folder(folder: Path) -> Trained:
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except SafetensorError as e:
+        raise ValueError(f"'{folder / 'model.safetensors'}' cannot be read ({e}).") from e
     names = model.pretrained_cfg.get('label_names')
     metrics = _summary_row(folder, None, 'top1')
     if (folder / 'results.json').is_file():  # of finetune

@@ -102,13 +102,14 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser('push', help='publish a trained model on the Hugging Face Hub')
     p.set_defaults(run=_push)
-    p.add_argument('checkpoint', help="folder of finetune, or checkpoint file of timm's train script")
+    p.add_argument('checkpoint', help="folder of finetune or of a dry run, or checkpoint file of timm's train script")
     p.add_argument('--repo', required=True, metavar='OWNER/NAME')
     p.add_argument('--private', action='store_true', help='create the repo private')
     p.add_argument(
         '--license', help="the weights' licence as the Hub abbreviates it, e.g. apache-2.0 (default: none named)"
     )
     p.add_argument('--dataset', help='name of the dataset, for the model card')
+    p.add_argument('--half', action='store_true', help='store weight matrices in half precision')
     p.add_argument('--commit-message', default='Add model')
     p.add_argument('--dry-run', metavar='DIR', help="write the repo's files into DIR and send nothing")
 

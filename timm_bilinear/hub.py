@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -64,15 +65,48 @@ def save_model(
     return directory
 
 
-def _build(trained: Trained, directory: Path, repo_id: str, dataset: Optional[str], license: Optional[str]):
+def _load(
+    model_or_checkpoint: Union[nn.Module, str, Path],
+    label_names: Optional[Sequence[str]],
+    data_config: Optional[Dict[str, Any]],
+) -> Trained:
+    if isinstance(model_or_checkpoint, nn.Module):
+        trained = Trained(model_or_checkpoint, data_config=resolve_model_data_config(model_or_checkpoint))
+    else:
+        trained = load_trained(model_or_checkpoint)
+    if label_names is not None:
+        trained.label_names = list(label_names)
+    if trained.label_names and len(trained.label_names) != trained.model.num_classes:
+        raise ValueError(
+            f"'label_names' must name {trained.model.num_classes} classes, got {len(trained.label_names)} names."
+        )
+    trained.data_config = dict(trained.data_config or {}, **(data_config or {}))
+    return trained
+
+
+def _build(trained: Trained, directory: Path, repo_id: str, dataset: Optional[str], license: Optional[str], half: bool):
     """Write everything a repo gets, and check that it gives the model back."""
+    if half:
+        trained.model = deepcopy(trained.model)
+        for param in trained.model.parameters():
+            if param.ndim > 1:  # nearly all of the bytes, and no variances, which may be too small for it
+                param.data = param.data.half()
     save_model(trained.model, directory, trained.label_names, trained.data_config)
     create_card(trained, repo_id, dataset, license).save(directory / 'README.md')
     loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).state_dict()
     own = trained.model.state_dict()
-    different = [key for key in own if not torch.equal(loaded[key], own[key].cpu())]
+    different = [key for key in own if not torch.equal(loaded[key], own[key].cpu().to(loaded[key].dtype))]
     if different:
         raise RuntimeError(f"The folder built for '{repo_id}' does not give the model back: {different[0]} differs.")
+
+
+def _copy(repo: Path, directory: Path):
+    """Copy the files of a folder that is a repo already, and check that they give a model."""
+    load_trained(repo)
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in repo.iterdir():
+        if path.is_file() and not path.name.startswith('.'):
+            shutil.copyfile(path, directory / path.name)
 
 
 def _different(api: HfApi, repo_id: str, directory: Path) -> List[str]:
@@ -118,6 +152,7 @@ def push_to_hub(
     dataset: Optional[str] = None,
     label_names: Optional[Sequence[str]] = None,
     data_config: Optional[Dict[str, Any]] = None,
+    half: bool = False,
     commit_message: str = 'Add model',
     token: Optional[str] = None,
     dry_run: Optional[Union[str, Path]] = None,
@@ -129,13 +164,15 @@ def push_to_hub(
 
     Args:
         model_or_checkpoint: Model made by `timm.create_model`, folder of `finetune`, or checkpoint file of timm's train
-            script.
+            script. A folder that has a README.md is a repo already, maybe of a dry run with a card completed by hand:
+            its files are sent as they are, and `license` to `half` do not apply.
         repo_id: Hub repo, 'owner/name'; created if it is not there.
         private: Create it private.
         license: The weights' licence, as the Hub abbreviates it ('apache-2.0'); left out of the card if None.
         dataset: Name of the dataset the model was trained on, for the card.
         label_names: Class names in the order of the logits; None for those the checkpoint knows.
         data_config: Preprocessing the weights were trained with; None for what the checkpoint or the model says.
+        half: Store weight matrices in half precision; the loaded model has float32.
         commit_message: Message of the commit.
         token: Hub token; None for the one the Hub's client finds.
         dry_run: Write the repo's files into this new folder, and send nothing.
@@ -154,20 +191,19 @@ def push_to_hub(
         raise ValueError(f"'repo_id' must be 'owner/name', got {repo_id!r}.")
     if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
         raise FileExistsError(f"The folder of a dry run must be new or empty, '{dry_run}' is not.")
-    if isinstance(model_or_checkpoint, nn.Module):
-        trained = Trained(model_or_checkpoint, data_config=resolve_model_data_config(model_or_checkpoint))
-    else:
-        trained = load_trained(model_or_checkpoint)
-    if label_names is not None:
-        trained.label_names = list(label_names)
-    if trained.label_names and len(trained.label_names) != trained.model.num_classes:
+    is_repo = not isinstance(model_or_checkpoint, nn.Module) and Path(model_or_checkpoint, 'README.md').is_file()
+    if is_repo and (license or dataset or label_names or data_config or half):
         raise ValueError(
-            f"'label_names' must name {trained.model.num_classes} classes, got {len(trained.label_names)} names."
+            f"'{model_or_checkpoint}' has a README.md, so its files are sent as they are, with no other licence, dataset,"
+            ' names, preprocessing or precision.'
         )
-    trained.data_config = dict(trained.data_config or {}, **(data_config or {}))
+    trained = None if is_repo else _load(model_or_checkpoint, label_names, data_config)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / 'repo' if dry_run is None else Path(dry_run)
-        _build(trained, directory, repo_id, dataset, license)
+        if trained is None:
+            _copy(Path(model_or_checkpoint), directory)
+        else:
+            _build(trained, directory, repo_id, dataset, license, half)
         if dry_run is not None:
             return str(dry_run)
         api = HfApi(token=token, library_name='timm_bilinear')
