@@ -62,23 +62,50 @@ def test_broken_font_is_reported(tmp_path):
     assert not (tmp_path / 'images').exists()
 
 
-def test_compare_and_report(tmp_path):
+@pytest.fixture
+def images(tmp_path):
+    """Images of two fonts."""
     for name in ('anton', 'lobster'):
         (tmp_path / 'fonts' / name).mkdir(parents=True)
         path = Path(demo_fonts()[name][0].path)
         shutil.copy(path, tmp_path / 'fonts' / name / f'{name}-latin-400-normal{path.suffix}')
     args = ('--train', 4, '--val', 1, '--test', 3, '--size', 64, '--train-render', 64)
     assert _build(tmp_path / 'fonts', tmp_path / 'images', *args).returncode == 0
+    return tmp_path / 'images'
+
+
+def test_compare_and_report(tmp_path, images):
     table = tmp_path / 'table.md'
-    args = (tmp_path / 'images', tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--table', table)
+    args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--table', table)
     done = _run('compare.py', *args)
     assert done.returncode == 0, done.stderr
     rows = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
     assert [row[2] for row in rows] == ['11.2 M', '11.3 M', '11.4 M', '2.8 M']
 
     picture = tmp_path / 'confusions.png'
-    done = _run('report.py', tmp_path / 'runs' / '3_0', tmp_path / 'images', tmp_path / 'fonts', '--picture', picture)
+    done = _run('report.py', tmp_path / 'runs' / '3_0', images, tmp_path / 'fonts', '--picture', picture)
     assert done.returncode == 0, done.stderr
     # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
     assert f'6 images, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout
     assert Image.open(picture).getbbox()
+
+
+def test_train_and_publish(tmp_path, images):
+    done = _run('train.py', images, tmp_path / 'run', '--epochs', 1)
+    assert done.returncode == 0, done.stderr
+
+    args = (tmp_path / 'run', images, tmp_path / 'fonts', tmp_path / 'repo')
+    (tmp_path / 'fonts' / 'anton' / 'LICENSE').write_text('SIL Open Font License')
+    done = _run('publish.py', *args)
+    assert done.returncode == 1 and f"'{tmp_path}/fonts/lobster/LICENSE' is not there" in done.stderr
+    assert not (tmp_path / 'repo').exists()
+    (tmp_path / 'fonts' / 'lobster' / 'LICENSE').write_text('Apache License')
+    done = _run('publish.py', *args)
+    assert done.returncode == 0, done.stderr
+    files = sorted(p.name for p in (tmp_path / 'repo').iterdir())
+    assert files == ['README.md', 'config.json', 'confusions.png', 'model.safetensors']
+    card = (tmp_path / 'repo' / 'README.md').read_text()
+    assert '- Apache License 2.0: lobster\n- SIL Open Font License 1.1: anton\n' in card and '\n6 images' in card
+    assert (tmp_path / 'repo' / 'model.safetensors').stat().st_size < 0.6 * os.path.getsize(
+        tmp_path / 'run' / 'model.safetensors'
+    )

@@ -154,3 +154,19 @@ def test_offline_in_chans(tmp_path):
     )
     first = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     torch.testing.assert_close(stream_convs(model, 'a')[0], first.weight.sum(1, keepdim=True))
+
+
+def test_tag_comes_from_the_hub_or_says_where_it_lies(tmp_path, monkeypatch):
+    name = 'bcnn_resnet18.googlefonts'
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr(hub_client.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match=f'local-dir:hub/{name}'):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+
+    model = timm.create_model(name)
+    assert model.num_classes == 378 and model.head.channels == 256
+    put_in_cache(tmp_path, name, model.state_dict())
+    loaded = timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert timm.create_model(name, pretrained=True, cache_dir=tmp_path, num_classes=12).head.fc.out_features == 12

@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import FeatureGetterNet, feature_take_indices
 
 from .layers import BilinearHead
-from .pretrained import check_hub_config, checkpoint_filter_fn, hub_errors
+from .pretrained import HUB_OWNER, check_hub_config, checkpoint_filter_fn, hub_errors
 from .streams import concat_streams, create_stream, first_convs, input_config, is_nhwc, layer_ids, pair_levels
 
 __all__ = ['BilinearCNN']
@@ -289,6 +289,10 @@ default_cfgs = generate_default_cfgs(
         ),
         'bcnn_vgg19': _cfg('timm/vgg19.tv_in1k', 'stream_a.features_0', pool_size=(28, 28), interpolation='bilinear'),
         'bcnn_resnet18': _cfg('timm/resnet18.a1_in1k', 'stream_a.conv1'),
+        # 378 fonts of 32 families: hub/fonts, docs/fonts.md
+        'bcnn_resnet18.googlefonts': _cfg(
+            f'{HUB_OWNER}/bcnn_resnet18.googlefonts', 'stream_a.conv1', num_classes=378, input_size=(3, 224, 224)
+        ),
         'bcnn_resnet34': _cfg('timm/resnet34.a1_in1k', 'stream_a.conv1'),
         'bcnn_resnet50': _cfg('timm/resnet50.a1_in1k', 'stream_a.conv1'),
         'bcnn_densenet201': _cfg('timm/densenet201.tv_in1k', 'stream_a.features_conv0'),
@@ -332,8 +336,8 @@ def bcnn_vgg19(pretrained: bool = False, **kwargs) -> BilinearCNN:
 
 @register_model
 def bcnn_resnet18(pretrained: bool = False, **kwargs) -> BilinearCNN:
-    """Bilinear CNN of ResNet-18 layer4 with itself."""
-    model_args = dict(backbone_a='resnet18', out_index_a=4)
+    """Bilinear CNN of ResNet-18 layer4 with itself; the tag googlefonts ends at layer3."""
+    model_args = dict(backbone_a='resnet18', out_index_a=3 if kwargs.get('pretrained_cfg') == 'googlefonts' else 4)
     return _create_bcnn('bcnn_resnet18', pretrained=pretrained, **dict(model_args, **kwargs))
 
 

@@ -194,8 +194,8 @@ def push_to_hub(
     is_repo = not isinstance(model_or_checkpoint, nn.Module) and Path(model_or_checkpoint, 'README.md').is_file()
     if is_repo and (license or dataset or label_names or data_config or half):
         raise ValueError(
-            f"'{model_or_checkpoint}' has a README.md, so its files are sent as they are, with no other licence, dataset,"
-            ' names, preprocessing or precision.'
+            f"'{model_or_checkpoint}' has a README.md, so its files are sent as they are, with no other licence,"
+            ' dataset, names, preprocessing or precision.'
         )
     trained = None if is_repo else _load(model_or_checkpoint, label_names, data_config)
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from timm.models import _hub as timm_hub
 
-__all__ = ['MissingFileError', 'describe', 'download', 'file_hashes', 'is_transient', 'retry']
+__all__ = ['MissingFileError', 'UnavailableError', 'describe', 'download', 'file_hashes', 'is_transient', 'retry']
 
 _logger = logging.getLogger(__name__)
 _http = importlib.import_module(HTTPError.__module__.partition('.')[0])  # httpx or its successor
@@ -38,6 +38,10 @@ _ADVICE = (
 
 class MissingFileError(RuntimeError, EntryNotFoundError):
     """The repo is there and lacks the file. An `EntryNotFoundError` for timm, which then looks for other names."""
+
+
+class UnavailableError(RuntimeError):
+    """The Hub does not give the file, for a reason other than that the repo lacks it."""
 
 
 class _CorruptFileError(OSError):
@@ -145,7 +149,8 @@ def download(
 
     Raises:
         MissingFileError: If the repo has no such file.
-        RuntimeError: If the file cannot be had otherwise: which, why and what to do, in one sentence.
+        UnavailableError: If the Hub does not give it otherwise: which file, why and what to do, in one sentence.
+        RuntimeError: If the disk is full.
     """
     kwargs = dict(library_name='timm', library_version=timm.__version__, **kwargs)
     where = f"{filename} of the Hugging Face Hub repo '{repo_id}'"
@@ -172,7 +177,7 @@ def download(
         if not isinstance(e, (HTTPError, ConnectionError, TimeoutError, _CorruptFileError)):
             raise
         error = e
-    raise RuntimeError(f'Could not get {where}: {describe(error)}; {_ADVICE}.') from None
+    raise UnavailableError(f'Could not get {where}: {describe(error)}; {_ADVICE}.') from None
 
 
 # timm looks the client's function up here for every file it takes from the Hub. Without this, one 503 ends

@@ -38,8 +38,9 @@ _CITATION = """```bibtex
 _METRICS = {'eval_top1': 'top-1, validation', 'eval_top5': 'top-5, validation', 'test_top1': 'top-1, test'}
 # Of a run's arguments, those that say how it was trained, not on which machine or under which name.
 _TRAINING = (
-    'opt momentum lr weight_decay sched epochs head_epochs warmup_epochs batch_size smoothing img_size scale ratio'
-    ' hflip color_jitter aa mixup cutmix drop amp amp_dtype model_ema pretrained initial_checkpoint stages seed'
+    'opt momentum lr weight_decay sched epochs head_epochs warmup_epochs batch_size smoothing img_size train_size'
+    ' scale ratio hflip color_jitter aa mixup cutmix drop amp amp_dtype model_ema pretrained initial_checkpoint stages'
+    ' seed'
 ).split()
 
 

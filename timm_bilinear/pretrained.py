@@ -12,10 +12,12 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
 from timm.models._hub import hf_split
 from torch import nn
 
-from .hub_client import MissingFileError
+from .hub_client import MissingFileError, UnavailableError
 from .ops import fold_symmetric_weight
 
-__all__ = ['check_backbone_weights', 'check_hub_config', 'checkpoint_filter_fn', 'hub_errors']
+__all__ = ['HUB_OWNER', 'check_backbone_weights', 'check_hub_config', 'checkpoint_filter_fn', 'hub_errors']
+
+HUB_OWNER = 'timm-bilinear'  # of this project's repos on the Hub, whose files are in hub/ too
 
 # The article's Net: nn.Sequential of torchvision's resnet18 up to layer4, by position.
 _ARTICLE_LAYERS = {'0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
@@ -169,9 +171,20 @@ def check_hub_config(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] =
 
 @contextmanager
 def hub_errors(repo: Optional[str]):
-    """Name the weights that a repo should have, not the last file that timm looked for in their place."""
+    """Name the weights that a repo should have, not the last file that timm looked for in their place.
+
+    For this project's own repos, say also where else their files lie.
+    """
     try:
         yield
+    except UnavailableError as e:
+        owner, _, name = (repo or '').partition('/')
+        if owner != HUB_OWNER:
+            raise
+        raise UnavailableError(
+            f"{e} The same files lie in this project's repository: in a checkout of it,"
+            f" timm.create_model('local-dir:hub/{name}', pretrained=True)."
+        ) from None
     except MissingFileError as e:
         raise RuntimeError(
             f"The Hugging Face Hub repo '{repo}' has no model.safetensors, nor weights of another name: {e}"

@@ -35,10 +35,12 @@ def run(images: Path, folder: Path, model: str, model_kwargs: dict, head_lr: flo
     file = folder / 'report.json'
     if not file.is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        recipe = yaml.safe_load(Path(__file__).with_name('comparison.yaml').read_text())
+        recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
         stage = Stage(epochs, 'adamw', lr=1e-3, head_lr=head_lr, weight_decay=0.05)
         start = time.perf_counter()
-        finetune(images, folder, model=model, model_kwargs=model_kwargs, stages=[stage], seed=seed, **recipe)
+        finetune(
+            images, folder, model=model, model_kwargs=model_kwargs, stages=[stage], batch_size=32, seed=seed, **recipe
+        )
         seconds = time.perf_counter() - start
         report = asdict(measure(folder, images))
         file.write_text(json.dumps(dict(report, seconds=seconds, confusions=report['confusions'][:10])))
@@ -72,7 +74,7 @@ def main():
         ]
         for model, reports in zip(MODELS, zip(*results)):
             top1, family = (_spread([r[k] for r in reports]) for k in ('top1', 'family_top1'))
-            minutes = statistics.mean(r['seconds'] for r in reports) / 60
+            minutes = statistics.median(r['seconds'] for r in reports) / 60
             lines.append(
                 f'| {model[0]} | {model[3]:g} | {reports[0]["parameters"] / 1e6:.1f} M | {top1} | {family} |'
                 f' {minutes:.1f} min |'

@@ -13,7 +13,7 @@ from typing import Dict, List, Tuple
 
 import timm
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageDataset, create_loader, resolve_model_data_config
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ def read_families(images: Path) -> Dict[str, str]:
 
 @torch.inference_mode()
 def measure(model_dir: Path, images: Path) -> Report:
-    """Measure a saved model.
+    """Measure a saved model, under bfloat16 autocast as it was trained.
 
     Args:
         model_dir: Folder with config.json and model.safetensors.
@@ -58,7 +58,7 @@ def measure(model_dir: Path, images: Path) -> Report:
         FileNotFoundError: If the images are not there.
         ValueError: If the images show a font that the model does not know.
     """
-    model = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval().to(memory_format=torch.channels_last)
     names = list(model.pretrained_cfg['label_names'])
     families = read_families(images)
     dataset = ImageDataset(str(images / 'test'), class_map={name: i for i, name in enumerate(names)})
@@ -75,7 +75,9 @@ def measure(model_dir: Path, images: Path) -> Report:
     correct = of_family = 0
     confusions: Counter = Counter()
     for batch, targets in tqdm(loader, desc='Testing', unit='batch', leave=False):
-        for guess, target in zip(model(batch).argmax(1).tolist(), targets.tolist()):
+        with torch.autocast('cpu', torch.bfloat16):
+            guesses = model(batch.to(memory_format=torch.channels_last)).argmax(1)
+        for guess, target in zip(guesses.tolist(), targets.tolist()):
             correct += guess == target
             of_family += families[names[target]] == families.get(names[guess])
             if guess != target:
@@ -98,7 +100,7 @@ def draw_confusions(report: Report, fonts: Dict[str, List[Face]], per_class: int
         per_class: Test images of each font.
         count: Number of pairs.
     """
-    small = next(iter(fonts.values()))[0].at(13)
+    small = ImageFont.load_default(13)
     image = Image.new('RGB', (980, 92 * count + 8), 'white')
     draw = ImageDraw.Draw(image)
     for row, (pair, errors) in enumerate(report.confusions[:count]):

@@ -1,0 +1,40 @@
+"""Train bcnn_resnet18.googlefonts on a folder rendered by build.py.
+
+python hub/fonts/train.py images run
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from timm_bilinear.finetune import Stage, finetune
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('images', type=Path, help='folder rendered by build.py')
+    parser.add_argument('run', type=Path, help='folder for the run; one that was cut off is continued')
+    parser.add_argument('--epochs', type=int, default=9, help='(default: %(default)s)')
+    args = parser.parse_args()
+    recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
+    try:
+        metrics = finetune(
+            args.images,
+            args.run,
+            model='bcnn_resnet18',
+            model_kwargs=dict(out_index_a=3),
+            batch_size=64,
+            stages=[Stage(args.epochs, 'adamw', lr=1e-3, head_lr=1e-2, weight_decay=0.05)],
+            seed=0,
+            resume=(args.run / 'checkpoints' / 'last.pth.tar').is_file(),
+            **recipe,
+        )
+    except (OSError, RuntimeError, ValueError) as e:
+        sys.exit(f'train.py: error: {e}')
+    print(metrics)
+
+
+if __name__ == '__main__':
+    main()
