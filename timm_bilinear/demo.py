@@ -1,34 +1,52 @@
-"""The main job from end to end: images, fine-tuning, a saved model, and what it says when loaded back."""
+"""The main job from end to end: images, fine-tuning from weights, a saved model, and what it says when loaded back."""
 
 import random
 from pathlib import Path
-from typing import Union
+from typing import List, Tuple, Union
 
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from timm.data import create_transform, resolve_model_data_config
 
-from .finetune import finetune
+from .finetune import Stage, finetune
 from .fonts import demo_fonts, render_dataset
 
 __all__ = ['demo']
 
+_WEIGHTS = Path('hub/bcnn_resnet18.googlefonts')
 
-def demo(output: Union[str, Path] = '.demo') -> float:
-    """Fine-tune `bcnn_resnet18` from nothing to tell 12 font families apart, save, load back, test.
 
-    The stream ends at stage 3, where 112 px give a 7 x 7 grid.
+def _draw(predictions: List[Tuple[Path, str, float]]) -> Image.Image:
+    """Images with what the model says of them, three to a row."""
+    sheet = Image.new('RGB', (3 * 240, 256 * -(-len(predictions) // 3)), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for i, (path, name, probability) in enumerate(predictions):
+        x, y = 240 * (i % 3) + 8, 256 * (i // 3) + 6
+        sheet.paste(Image.open(path).resize((224, 224)), (x, y))
+        color = 'black' if name == path.parent.name else 'firebrick'
+        draw.text((x, y + 230), f'{name}, {100 * probability:.0f} %', fill=color)
+    return sheet
+
+
+def demo(output: Union[str, Path] = '.demo', weights: Union[str, Path] = _WEIGHTS) -> float:
+    """Fine-tune `bcnn_resnet18.googlefonts` to tell 12 font families apart, save, load back, test.
 
     Args:
         output: Folder for images and model.
+        weights: Folder of the model to start from.
 
     Returns:
         Top-1 accuracy of the loaded model on the test split, in percent.
+
+    Raises:
+        FileNotFoundError: If the weights are not there.
     """
-    output = Path(output)
+    output, weights = Path(output), Path(weights)
+    if not (weights / 'config.json').is_file():
+        raise FileNotFoundError(f"'{weights}' has no config.json; run the demo in a checkout of timm_bilinear.")
     fonts = demo_fonts()
-    data = render_dataset(output / 'fonts', fonts, dict(train=400, val=40, test=40), size=128, train_render=256)
+    data = render_dataset(output / 'fonts', fonts, dict(train=200, val=20, test=40))
     folder = output / 'model'
     if (folder / 'config.json').is_file():
         print(f"Using the model in '{folder}'; remove it to train again.")
@@ -36,13 +54,10 @@ def demo(output: Union[str, Path] = '.demo') -> float:
         finetune(
             data,
             folder,
-            model='bcnn_resnet18',
-            pretrained=False,
-            model_kwargs=dict(out_index_a=3),
-            img_size=112,
-            batch_size=32,
-            epochs=12,
-            train_aug=dict(scale=(0.6, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None),
+            model=f'local-dir:{weights}',
+            train_size=112,
+            stages=[Stage(5, 'adamw', lr=3e-4, head_lr=1e-2, weight_decay=0.05)],
+            train_aug=dict(scale=(0.2, 0.32), ratio=(0.95, 1.05), hflip=0.0, color_jitter=None),
             amp_dtype='bfloat16',
             resume=(folder / 'checkpoints' / 'last.pth.tar').is_file(),
         )
@@ -51,20 +66,19 @@ def demo(output: Union[str, Path] = '.demo') -> float:
     transform = create_transform(**resolve_model_data_config(model))
     names = model.pretrained_cfg['label_names']
     paths = sorted((data / 'test').glob('*/*.png'))
-    correct = 0
+    predictions = []
     for start in range(0, len(paths), 50):
         batch = paths[start : start + 50]
         with torch.inference_mode():
-            top1 = model(torch.stack([transform(Image.open(p).convert('RGB')) for p in batch])).argmax(1)
-        correct += sum(names[i] == p.parent.name for i, p in zip(top1.tolist(), batch))
-    accuracy = 100 * correct / len(paths)
+            probs = model(torch.stack([transform(Image.open(p).convert('RGB')) for p in batch])).softmax(1)
+        best = probs.max(1)
+        predictions += zip(batch, (names[i] for i in best.indices), best.values.tolist())
+    accuracy = 100 * sum(name == path.parent.name for path, name, _ in predictions) / len(paths)
 
-    print(f'\nLoaded from {folder}. Predictions for some test images (none of their texts were seen in training):')
-    for path in random.Random(0).sample(paths, 6):
-        with torch.inference_mode():
-            probs = model(transform(Image.open(path).convert('RGB')).unsqueeze(0)).softmax(1)[0]
-        best = probs.topk(2)
-        guesses = ', '.join(f'{names[i]} {100 * p:.0f} %' for p, i in zip(best.values.tolist(), best.indices.tolist()))
-        print(f'  {path}: {guesses}')
+    shown = random.Random(0).sample(predictions, 6)
+    _draw(shown).save(output / 'predictions.png')
+    print(f"\nLoaded from '{folder}'. Some test images, whose texts were not in training ({output}/predictions.png):")
+    for path, name, probability in shown:
+        print(f'  {path}: {name} {100 * probability:.0f} %')
     print(f'Top-1 on {len(paths)} test images of {len(fonts)} families: {accuracy:.1f} %')
     return accuracy
