@@ -1,6 +1,6 @@
 """Compare text rendered smaller to the protocol's 1024 px: numbers, and a picture of both side by side.
 
-    python hub/fonts/check_render.py fonts --picture docs/fonts_render.png
+python hub/fonts/check_render.py fonts --picture docs/fonts_render.png
 """
 
 import argparse
@@ -60,7 +60,8 @@ def main():
         for row, (name, rows) in enumerate(shown):
             for column, height in enumerate((448, 1024)):
                 draw.text((330 * column + 6, 250 * row + 4), f'{name}, {height} px', fill='black')
-                sheet.paste(rows[height].crop((0, 0, min(rows[height].width, 318), 224)), (330 * column + 6, 250 * row + 20))
+                crop = rows[height].crop((0, 0, min(rows[height].width, 318), 224))
+                sheet.paste(crop, (330 * column + 6, 250 * row + 20))
         sheet.save(args.picture)
 
 
