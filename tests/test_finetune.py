@@ -119,6 +119,16 @@ def test_default_recipe():
     assert len(module.default_stages(True, 3, 0)) == 1
 
 
+@pytest.mark.parametrize('fast', [False, True])
+def test_no_emulated_bfloat16(monkeypatch, caplog, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: fast, raising=False)
+    cpu = torch.device('cpu')
+    assert module.resolve_amp_dtype('bfloat16', cpu) is (torch.bfloat16 if fast else None)
+    assert ('no bfloat16' in caplog.text) != fast
+    assert module.resolve_amp_dtype('bfloat16', torch.device('cuda')) is torch.bfloat16
+    assert module.resolve_amp_dtype(None, cpu) is None
+
+
 def test_does_not_overwrite(data, tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='not empty'):

@@ -11,6 +11,7 @@ from PIL import Image
 from timm_bilinear.fonts import demo_fonts
 
 SCRIPTS = Path(__file__).parents[1] / 'hub' / 'fonts'
+PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18.googlefonts'
 
 
 def _run(script, *args, **kwargs):
@@ -76,14 +77,14 @@ def images(tmp_path):
 
 def test_compare_and_report(tmp_path, images):
     table = tmp_path / 'table.md'
-    args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--table', table)
+    args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--start', PUBLISHED, '--table', table)
     done = _run('compare.py', *args)
     assert done.returncode == 0, done.stderr
     rows = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
-    assert [row[2] for row in rows] == ['11.2 M', '11.3 M', '11.4 M', '2.8 M']
+    assert [row[2] for row in rows] == ['11.2 M', '2.8 M', '11.3 M', '11.4 M', '2.8 M']
 
     picture = tmp_path / 'confusions.png'
-    done = _run('report.py', tmp_path / 'runs' / '3_0', images, tmp_path / 'fonts', '--picture', picture)
+    done = _run('report.py', tmp_path / 'runs' / '4_0', images, tmp_path / 'fonts', '--picture', picture)
     assert done.returncode == 0, done.stderr
     # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
     assert f'6 images, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout

@@ -29,7 +29,7 @@ from .bcnn import BilinearCNN
 from .hub import save_model
 from .image_folder import create_datasets
 
-__all__ = ['Stage', 'default_stages', 'evaluate', 'finetune']
+__all__ = ['Stage', 'default_stages', 'evaluate', 'finetune', 'resolve_amp_dtype']
 
 _logger = logging.getLogger(__name__)
 
@@ -79,6 +79,19 @@ def _create_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         dict(params=no_decay, lr=stage.lr, weight_decay=0.0),
     ]
     return create_optimizer_v2([group for group in groups if group['params']], opt=stage.opt, lr=stage.lr)
+
+
+def resolve_amp_dtype(name: Optional[str], device: torch.device) -> Optional[torch.dtype]:
+    """Dtype to autocast to, from its name.
+
+    Returns:
+        None for float32: without a name, and for bfloat16 on a CPU that has no instructions for it. Convolutions would
+        be emulated there, at a thirteenth of float32's speed (measured with AVX2: 4 against 51 images/s).
+    """
+    if name == 'bfloat16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _logger.warning('This CPU has no bfloat16 convolutions: going on in float32.')
+        return None
+    return None if name is None else getattr(torch, name)
 
 
 def _autocast(device: torch.device, amp_dtype: Optional[torch.dtype]):
@@ -206,7 +219,7 @@ def finetune(
         stages: Replaces the default recipe, `epochs` and `head_epochs`.
         smoothing: Label smoothing.
         train_aug: Augmentation arguments for `timm.data.create_loader`.
-        amp_dtype: 'bfloat16' for autocast, None for float32.
+        amp_dtype: 'bfloat16' for autocast, None for float32, which a CPU without bfloat16 instructions takes anyway.
         workers: Loader processes.
         device: Device to train on; None for a GPU if there is one.
         seed: Seed of weights, order and augmentation.
@@ -242,7 +255,7 @@ def finetune(
     args = dict(input_size=(in_chans, img_size, img_size)) if img_size else {}
     data_config = resolve_model_data_config(net, args=args)
     loaders = _create_loaders(datasets, data_config, train_size, batch_size, workers, torch_device, train_aug or {})
-    amp = None if amp_dtype is None else getattr(torch, amp_dtype)
+    amp = resolve_amp_dtype(amp_dtype, torch_device)
 
     checkpoints.mkdir(parents=True, exist_ok=True)
     told = dict(

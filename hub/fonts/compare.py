@@ -1,47 +1,97 @@
 """Train average and bilinear pooling by one recipe, with several seeds, and write the table.
 
-    python hub/fonts/build.py fonts images --npm dm-sans inter merriweather --train 300 --val 20
     python hub/fonts/compare.py images runs --epochs 5 --seeds 3 --table docs/fonts_comparison.md
 
-Finished runs are kept when it is run again, begun ones start anew, so that training times are of whole runs.
+Finished runs are kept when it is run again, begun ones start anew, so that times are of whole runs. They are CPU time,
+which other work on the machine hardly changes.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
-import time
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
+import timm
 import yaml
 from report import measure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.utils import random_seed
 
+from timm_bilinear import BilinearCNN
 from timm_bilinear.finetune import Stage, finetune
+from timm_bilinear.hub import save_model
 
 # name in the table, model, its arguments, peak learning rate of the classifier
 MODELS = (
     ('resnet18, average pooling', 'resnet18', {}, 1e-3),
+    ('resnet18 to stage 3, average pooling', 'resnet18', dict(layers=(2, 2, 2, 0), channels=(64, 128, 256, 256)), 1e-3),
     ('bcnn_resnet18, proj_dim=128', 'bcnn_resnet18', dict(proj_dim=128), 1e-2),
     ('bcnn_resnet18', 'bcnn_resnet18', {}, 1e-2),
-    ('bcnn_resnet18, stage 3', 'bcnn_resnet18', dict(out_index_a=3), 1e-2),
+    ('bcnn_resnet18 to stage 3', 'bcnn_resnet18', dict(out_index_a=3), 1e-2),
 )
+LOW = ('conv1.', 'bn1.', 'layer1.', 'layer2.')  # names of a ResNet's stem and first two stages
+# images as they are, for every model: timm's ResNet-18 has a crop of its own
+DATA_CONFIG = dict(input_size=(3, 224, 224), interpolation='bicubic', crop_pct=1.0)
 
 
-def run(images: Path, folder: Path, model: str, model_kwargs: dict, head_lr: float, epochs: int, seed: int) -> dict:
+def save_start(
+    folder: Path,
+    model: str,
+    model_kwargs: dict,
+    num_classes: int,
+    seed: int,
+    start: Optional[Path],
+):
+    """Save an untrained model, with the same preprocessing whatever model it is.
+
+    Args:
+        folder: New folder for it.
+        model: timm model name.
+        model_kwargs: Arguments of the model.
+        num_classes: Number of classes.
+        seed: Seed of the weights.
+        start: Folder of a bilinear CNN whose stem and first two stages the model gets, None for nothing.
+    """
+    random_seed(seed)
+    net = timm.create_model(model, num_classes=num_classes, **model_kwargs)
+    if start is not None:
+        weights = timm.create_model(f'local-dir:{start}', pretrained=True).stream_a.state_dict()
+        low = {k: v for k, v in weights.items() if k.startswith(LOW)}
+        keys = (net.stream_a if isinstance(net, BilinearCNN) else net).load_state_dict(low, strict=False)
+        if keys.unexpected_keys or any(k.startswith(LOW) for k in keys.missing_keys):
+            raise ValueError(f"The first stream of '{start}' is no ResNet-18.")
+    save_model(net, folder, data_config=dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, **DATA_CONFIG))
+
+
+def run(
+    images: Path,
+    folder: Path,
+    model: str,
+    model_kwargs: dict,
+    head_lr: float,
+    epochs: int,
+    seed: int,
+    start: Optional[Path],
+) -> dict:
     """Train and measure, unless that is done."""
     file = folder / 'report.json'
     if not file.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
         stage = Stage(epochs, 'adamw', lr=1e-3, head_lr=head_lr, weight_decay=0.05)
-        start = time.perf_counter()
-        finetune(
-            images, folder, model=model, model_kwargs=model_kwargs, stages=[stage], batch_size=32, seed=seed, **recipe
-        )
-        seconds = time.perf_counter() - start
+        num_classes = sum(p.is_dir() for p in (images / 'train').iterdir())
+        with tempfile.TemporaryDirectory() as fresh:
+            save_start(Path(fresh), model, model_kwargs, num_classes, seed, start)
+            recipe.update(model=f'local-dir:{fresh}', pretrained=True)
+            began = sum(os.times()[:4])  # of this process and the loader's
+            finetune(images, folder, stages=[stage], batch_size=32, seed=seed, **recipe)
+            seconds = sum(os.times()[:4]) - began
         report = asdict(measure(folder, images))
         file.write_text(json.dumps(dict(report, seconds=seconds, confusions=report['confusions'][:10])))
     return json.loads(file.read_text())
@@ -57,17 +107,22 @@ def main():
     parser.add_argument('runs', type=Path, help='folder for the runs')
     parser.add_argument('--epochs', type=int, default=5)
     parser.add_argument('--seeds', type=int, default=3, help='runs per model (default: %(default)s)')
+    parser.add_argument(
+        '--start',
+        type=Path,
+        help='bilinear CNN on ResNet-18 whose first two stages all models start from (default: none)',
+    )
     parser.add_argument('--table', type=Path, help='file for the table')
     args = parser.parse_args()
     lines = [
-        '| model | head lr | parameters | top-1 | family top-1 | training |',
+        '| model | head lr | parameters | top-1 | family top-1 | CPU time |',
         '| --- | --- | --- | --- | --- | --- |',
     ]
     try:
         # seeds outside: after each round every model has as many
         results = [
             [
-                run(args.images, args.runs / f'{i}_{seed}', *model[1:], args.epochs, seed)
+                run(args.images, args.runs / f'{i}_{seed}', *model[1:], args.epochs, seed, args.start)
                 for i, model in enumerate(MODELS)
             ]
             for seed in range(args.seeds)

@@ -18,6 +18,7 @@ from timm.data import ImageDataset, create_loader, resolve_model_data_config
 from tqdm import tqdm
 
 import timm_bilinear  # noqa: F401
+from timm_bilinear.finetune import resolve_amp_dtype
 from timm_bilinear.fonts import Face, find_fonts
 
 
@@ -48,7 +49,7 @@ def read_families(images: Path) -> Dict[str, str]:
 
 @torch.inference_mode()
 def measure(model_dir: Path, images: Path) -> Report:
-    """Measure a saved model, under bfloat16 autocast as it was trained.
+    """Measure a saved model, under bfloat16 autocast where the CPU has it, as it was trained.
 
     Args:
         model_dir: Folder with config.json and model.safetensors.
@@ -72,10 +73,11 @@ def measure(model_dir: Path, images: Path) -> Report:
         use_prefetcher=False,
         **{k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
     )
+    amp = resolve_amp_dtype('bfloat16', torch.device('cpu'))
     correct = of_family = 0
     confusions: Counter = Counter()
     for batch, targets in tqdm(loader, desc='Testing', unit='batch', leave=False):
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast('cpu', amp, enabled=amp is not None):
             guesses = model(batch.to(memory_format=torch.channels_last)).argmax(1)
         for guess, target in zip(guesses.tolist(), targets.tolist()):
             correct += guess == target
