@@ -3,6 +3,7 @@ import re
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 from timm_bilinear import finetune as module
@@ -127,6 +128,14 @@ def test_no_emulated_bfloat16(monkeypatch, caplog, fast):
     assert ('no bfloat16' in caplog.text) != fast
     assert module.resolve_amp_dtype('bfloat16', torch.device('cuda')) is torch.bfloat16
     assert module.resolve_amp_dtype(None, cpu) is None
+
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_tells_the_precision_it_trained_in(data, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: fast, raising=False)
+    finetune(data, tmp_path / 'out', pretrained=False, epochs=1, workers=0, amp_dtype='bfloat16', **SMALL)
+    told = yaml.safe_load((tmp_path / 'out' / 'args.yaml').read_text())
+    assert told['amp_dtype'] == ('bfloat16' if fast else None)
 
 
 def test_does_not_overwrite(data, tmp_path):
