@@ -75,16 +75,39 @@ def images(tmp_path):
     return tmp_path / 'images'
 
 
+def test_select(tmp_path, images):
+    args = (tmp_path / 'fonts', tmp_path / 'selected', '--train', 1, '--val', 1, '--test', 1, '--size', 32, '--select')
+    done = _build(*args, '*bster-*-[47]00-normal')
+    assert done.returncode == 0 and done.stdout.startswith('1 fonts of 1 families')
+    assert [p.name for p in (tmp_path / 'selected' / 'test').iterdir()] == ['lobster-latin-400-normal']
+    done = _build(*args, '*italic')
+    assert done.returncode == 1 and f"No font of '{tmp_path}/fonts' matches '*italic'" in done.stderr
+
+
 def test_compare_and_report(tmp_path, images):
     table = tmp_path / 'table.md'
     args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--start', PUBLISHED, '--table', table)
     done = _run('compare.py', *args)
     assert done.returncode == 0, done.stderr
     rows = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
-    assert [row[2] for row in rows] == ['11.2 M', '2.8 M', '11.3 M', '11.4 M', '2.8 M']
+    assert [row[2] for row in rows] == ['11.2 M', '11.2 M', '2.8 M', '2.8 M', '11.3 M', '11.4 M', '2.8 M']
+
+    times = {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')}
+    done = _run('compare.py', *args)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')} == times
+    done = _run('compare.py', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1)
+    assert done.returncode == 1 and 'made with another epochs, start; give a new folder' in done.stderr
 
     picture = tmp_path / 'confusions.png'
-    done = _run('report.py', tmp_path / 'runs' / '4_0', images, tmp_path / 'fonts', '--picture', picture)
+    done = _run(
+        'report.py',
+        tmp_path / 'runs' / 'bcnn_resnet18-to-stage-3_0.01_0',
+        images,
+        tmp_path / 'fonts',
+        '--picture',
+        picture,
+    )
     assert done.returncode == 0, done.stderr
     # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
     assert f'6 images, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout

@@ -280,14 +280,14 @@ def _cfg(hf_hub_id: Optional[str], first_conv: Union[str, Tuple[str, ...]], **kw
     }
 
 
+_VGG = dict(pool_size=(28, 28), interpolation='bilinear')
+
 # Untagged: the streams' own timm weights. `hf_hub_id` names those of stream a, `_create_bcnn` loads every stream's.
 default_cfgs = generate_default_cfgs(
     {
-        'bcnn_vgg16': _cfg('timm/vgg16.tv_in1k', 'stream_a.features_0', pool_size=(28, 28), interpolation='bilinear'),
-        'bcnn_vgg16_bn': _cfg(
-            'timm/vgg16_bn.tv_in1k', 'stream_a.features_0', pool_size=(28, 28), interpolation='bilinear'
-        ),
-        'bcnn_vgg19': _cfg('timm/vgg19.tv_in1k', 'stream_a.features_0', pool_size=(28, 28), interpolation='bilinear'),
+        'bcnn_vgg16': _cfg('timm/vgg16.tv_in1k', 'stream_a.features_0', **_VGG),
+        'bcnn_vgg16_bn': _cfg('timm/vgg16_bn.tv_in1k', 'stream_a.features_0', **_VGG),
+        'bcnn_vgg19': _cfg('timm/vgg19.tv_in1k', 'stream_a.features_0', **_VGG),
         'bcnn_resnet18': _cfg('timm/resnet18.a1_in1k', 'stream_a.conv1'),
         # 378 fonts of 32 families: hub/fonts, docs/fonts.md
         'bcnn_resnet18.googlefonts': _cfg(
@@ -300,12 +300,7 @@ default_cfgs = generate_default_cfgs(
         'bcnn_vgg16_resnet18': _cfg(
             'timm/vgg16.tv_in1k', ('stream_a.features_0', 'stream_b.conv1'), interpolation='bilinear'
         ),
-        'bcnn_vgg16_vgg19': _cfg(
-            'timm/vgg16.tv_in1k',
-            ('stream_a.features_0', 'stream_b.features_0'),
-            pool_size=(28, 28),
-            interpolation='bilinear',
-        ),
+        'bcnn_vgg16_vgg19': _cfg('timm/vgg16.tv_in1k', ('stream_a.features_0', 'stream_b.features_0'), **_VGG),
         'bcnn_resnet18_resnet34': _cfg('timm/resnet18.a1_in1k', ('stream_a.conv1', 'stream_b.conv1')),
         'bcnn_resnet34_resnet50': _cfg('timm/resnet34.a1_in1k', ('stream_a.conv1', 'stream_b.conv1')),
         'bcnn': _cfg(None, 'stream_a.conv1'),

@@ -1,8 +1,9 @@
 """Render GoogleFontsBench (arXiv 2602.13889) anew: an image folder of every font below a folder.
 
-    python hub/fonts/build.py fonts images --npm            # its 32 families from npm, 378 fonts
-    python hub/fonts/build.py fonts images --npm lora inter # these families
-    python hub/fonts/build.py my_fonts images               # one folder per family with .woff2, .woff, .ttf or .otf
+    python hub/fonts/build.py fonts images --npm                # its 32 families from npm, 378 fonts
+    python hub/fonts/build.py fonts images --npm lora inter     # these families
+    python hub/fonts/build.py fonts images --select '*-700-*'   # only fonts of such names
+    python hub/fonts/build.py my_fonts images                   # a folder per family with .woff2, .woff, .ttf or .otf
 
 Run again with the same arguments it renders what is missing.
 """
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tqdm import tqdm
@@ -62,6 +64,7 @@ def main():
     parser.add_argument('fonts', type=Path, help='folder of fonts')
     parser.add_argument('images', type=Path, help='folder for train, val and test, each with a folder per font')
     parser.add_argument('--npm', nargs='*', metavar='FAMILY', help='first get families from npm (none named: all 32)')
+    parser.add_argument('--select', default='*', metavar='PATTERN', help='only fonts whose file name matches')
     parser.add_argument('--train', type=int, default=575, help='training images per font (default: %(default)s)')
     parser.add_argument('--val', type=int, default=40, help='validation images per font (default: %(default)s)')
     parser.add_argument('--test', type=int, default=40, help='test images per font (default: %(default)s)')
@@ -80,7 +83,10 @@ def main():
         fonts, families, skipped = find_fonts(args.fonts)
         for sentence in skipped:
             print(f'Skipped: {sentence}', file=sys.stderr)
-        print(f'{len(fonts)} fonts of {len(set(families.values()))} families, {len(skipped)} skipped')
+        fonts = {name: faces for name, faces in fonts.items() if fnmatchcase(name, args.select)}
+        if not fonts:
+            raise ValueError(f"No font of '{args.fonts}' matches '{args.select}'.")
+        print(f'{len(fonts)} fonts of {len({families[name] for name in fonts})} families, {len(skipped)} skipped')
         counts = dict(train=args.train, val=args.val, test=args.test)
         render_dataset(args.images, fonts, counts, args.size, args.train_render, args.seed, args.workers)
     except (OSError, RuntimeError, ValueError) as e:

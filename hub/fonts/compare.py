@@ -1,14 +1,15 @@
 """Train average and bilinear pooling by one recipe, with several seeds, and write the table.
 
-    python hub/fonts/compare.py images runs --epochs 5 --seeds 3 --table docs/fonts_comparison.md
+    python hub/fonts/compare.py images runs --epochs 5 --seeds 3 --table table.md
 
-Finished runs are kept when it is run again, begun ones start anew, so that times are of whole runs. They are CPU time,
-which other work on the machine hardly changes.
+Finished runs are kept when it is run again with the same settings, begun ones start anew, so that times are of whole
+runs. They are CPU time, which other work on the machine hardly changes.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -27,10 +28,13 @@ from timm_bilinear import BilinearCNN
 from timm_bilinear.finetune import Stage, finetune
 from timm_bilinear.hub import save_model
 
+STAGE_3 = dict(layers=(2, 2, 2, 0), channels=(64, 128, 256, 256))
 # name in the table, model, its arguments, peak learning rate of the classifier
 MODELS = (
     ('resnet18, average pooling', 'resnet18', {}, 1e-3),
-    ('resnet18 to stage 3, average pooling', 'resnet18', dict(layers=(2, 2, 2, 0), channels=(64, 128, 256, 256)), 1e-3),
+    ('resnet18, average pooling', 'resnet18', {}, 1e-2),
+    ('resnet18 to stage 3, average pooling', 'resnet18', STAGE_3, 1e-3),
+    ('resnet18 to stage 3, average pooling', 'resnet18', STAGE_3, 1e-2),
     ('bcnn_resnet18, proj_dim=128', 'bcnn_resnet18', dict(proj_dim=128), 1e-2),
     ('bcnn_resnet18', 'bcnn_resnet18', {}, 1e-2),
     ('bcnn_resnet18 to stage 3', 'bcnn_resnet18', dict(out_index_a=3), 1e-2),
@@ -79,22 +83,53 @@ def run(
     seed: int,
     start: Optional[Path],
 ) -> dict:
-    """Train and measure, unless that is done."""
+    """Train and measure, unless that is done.
+
+    Raises:
+        ValueError: If what is done was done with other settings.
+    """
+    recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
+    settings = dict(
+        images=str(images.resolve()),
+        model=model,
+        model_kwargs=json.loads(json.dumps(model_kwargs)),  # as it is read again
+        head_lr=head_lr,
+        epochs=epochs,
+        seed=seed,
+        start=str(start.resolve()) if start else None,
+        recipe=recipe,
+    )
     file = folder / 'report.json'
-    if not file.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
-        stage = Stage(epochs, 'adamw', lr=1e-3, head_lr=head_lr, weight_decay=0.05)
-        num_classes = sum(p.is_dir() for p in (images / 'train').iterdir())
-        with tempfile.TemporaryDirectory() as fresh:
-            save_start(Path(fresh), model, model_kwargs, num_classes, seed, start)
-            recipe.update(model=f'local-dir:{fresh}', pretrained=True)
-            began = sum(os.times()[:4])  # of this process and the loader's
-            finetune(images, folder, stages=[stage], batch_size=32, seed=seed, **recipe)
-            seconds = sum(os.times()[:4]) - began
-        report = asdict(measure(folder, images))
-        file.write_text(json.dumps(dict(report, seconds=seconds, confusions=report['confusions'][:10])))
-    return json.loads(file.read_text())
+    if file.is_file():
+        report = json.loads(file.read_text())
+        other = [k for k, v in settings.items() if report['settings'].get(k) != v]
+        if other:
+            raise ValueError(f"Run '{folder}' was made with another {', '.join(other)}; give a new folder for runs.")
+        return report
+    shutil.rmtree(folder, ignore_errors=True)
+    stage = Stage(epochs, 'adamw', lr=1e-3, head_lr=head_lr, weight_decay=0.05)
+    num_classes = sum(p.is_dir() for p in (images / 'train').iterdir())
+    with tempfile.TemporaryDirectory() as fresh:
+        save_start(Path(fresh), model, model_kwargs, num_classes, seed, start)
+        began = sum(os.times()[:4])  # of this process and the loader's
+        finetune(
+            images,
+            folder,
+            stages=[stage],
+            batch_size=32,
+            seed=seed,
+            **dict(recipe, model=f'local-dir:{fresh}', pretrained=True),
+        )
+        seconds = sum(os.times()[:4]) - began
+    report = asdict(measure(folder, images))
+    report.update(seconds=seconds, confusions=report['confusions'][:10], settings=settings)
+    file.write_text(json.dumps(report))
+    return report
+
+
+def _run_name(row: tuple, seed: int) -> str:
+    name = re.sub(r'\W+', '-', row[0])
+    return f'{name}_{row[3]:g}_{seed}'
 
 
 def _spread(values: List[float]) -> str:
@@ -122,8 +157,8 @@ def main():
         # seeds outside: after each round every model has as many
         results = [
             [
-                run(args.images, args.runs / f'{i}_{seed}', *model[1:], args.epochs, seed, args.start)
-                for i, model in enumerate(MODELS)
+                run(args.images, args.runs / _run_name(model, seed), *model[1:], args.epochs, seed, args.start)
+                for model in MODELS
             ]
             for seed in range(args.seeds)
         ]
