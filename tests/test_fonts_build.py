@@ -96,8 +96,10 @@ def test_compare_and_report(tmp_path, images):
     done = _run('compare.py', *args)
     assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')} == times
-    done = _run('compare.py', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1)
-    assert done.returncode == 1 and 'made with another epochs, start; give a new folder' in done.stderr
+    done = _run('compare.py', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1, '--select', '*proj*')
+    assert done.returncode == 1 and "proj_dim-128_0.01_0' was made with another epochs, start; give" in done.stderr
+    done = _run('compare.py', images, tmp_path / 'runs', '--select', 'resnet50*')
+    assert done.returncode == 2 and "no model matches 'resnet50*', there are: resnet18-average" in done.stderr
 
     picture = tmp_path / 'confusions.png'
     done = _run(

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import List, Optional
 
@@ -127,9 +128,9 @@ def run(
     return report
 
 
-def _run_name(row: tuple, seed: int) -> str:
+def _run_name(row: tuple) -> str:
     name = re.sub(r'\W+', '-', row[0])
-    return f'{name}_{row[3]:g}_{seed}'
+    return f'{name}_{row[3]:g}'
 
 
 def _spread(values: List[float]) -> str:
@@ -141,6 +142,9 @@ def main():
     parser.add_argument('images', type=Path, help='folder rendered by build.py')
     parser.add_argument('runs', type=Path, help='folder for the runs')
     parser.add_argument('--epochs', type=int, default=5)
+    parser.add_argument(
+        '--select', default='*', metavar='PATTERN', help='only models whose runs have such names, without the seed'
+    )
     parser.add_argument('--seeds', type=int, default=3, help='runs per model (default: %(default)s)')
     parser.add_argument(
         '--start',
@@ -149,6 +153,9 @@ def main():
     )
     parser.add_argument('--table', type=Path, help='file for the table')
     args = parser.parse_args()
+    models = [model for model in MODELS if fnmatchcase(_run_name(model), args.select)]
+    if not models:
+        parser.error(f"no model matches '{args.select}', there are: {', '.join(map(_run_name, MODELS))}")
     lines = [
         '| model | head lr | parameters | top-1 | family top-1 | CPU time |',
         '| --- | --- | --- | --- | --- | --- |',
@@ -157,12 +164,12 @@ def main():
         # seeds outside: after each round every model has as many
         results = [
             [
-                run(args.images, args.runs / _run_name(model, seed), *model[1:], args.epochs, seed, args.start)
-                for model in MODELS
+                run(args.images, args.runs / f'{_run_name(model)}_{seed}', *model[1:], args.epochs, seed, args.start)
+                for model in models
             ]
             for seed in range(args.seeds)
         ]
-        for model, reports in zip(MODELS, zip(*results)):
+        for model, reports in zip(models, zip(*results)):
             top1, family = (_spread([r[k] for r in reports]) for k in ('top1', 'family_top1'))
             minutes = statistics.median(r['seconds'] for r in reports) / 60
             lines.append(
