@@ -75,6 +75,25 @@ def test_same_seed_same_weights_and_resume(data, tmp_path, monkeypatch):
     _assert_same(tmp_path / 'a', tmp_path / 'c')
 
 
+@pytest.mark.parametrize('resume', [False, True])
+def test_cut_in_the_first_epoch(data, tmp_path, monkeypatch, resume):
+    kwargs = dict(SMALL, pretrained=False, epochs=1, workers=0)
+
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, '_train_epoch', cut)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(data, tmp_path / 'out', **kwargs)
+    assert (tmp_path / 'out' / 'args.yaml').is_file()
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    with pytest.raises(FileNotFoundError if resume else FileExistsError):
+        finetune(data, tmp_path / 'out', resume=resume, **kwargs)
+    (tmp_path / 'out' / 'notes.txt').unlink()
+    assert 'test_top1' in finetune(data, tmp_path / 'out', resume=resume, **kwargs)
+
+
 def _stages():
     return [Stage(2, 'sgd', lr=0.0, head_lr=1.0, weight_decay=0.0), Stage(2, 'sgd', 1e-3, 1e-2, 1e-5)]
 

@@ -112,3 +112,19 @@ def test_bad_fonts_are_skipped_by_name(tmp_path, folder):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ValueError, match='no usable font'):
         fonts.find_fonts(tmp_path / 'empty')
+
+
+@pytest.mark.parametrize('name', ['anton', 'inter'])  # Inter has signs of its own in the private use area
+def test_missing_characters_are_named(faces, monkeypatch, name):
+    fonts.check_face(faces[name][0])
+    monkeypatch.setattr(fonts, 'CHARACTERS', CHARACTERS + '漢')
+    with pytest.raises(ValueError, match=r'has no 漢$'):
+        fonts.check_face(faces[name][0])
+
+
+@pytest.mark.parametrize('bad', [dict(size=0), dict(train_render=0), dict(counts=dict(train=-3))])
+def test_bad_sizes_leave_nothing(tmp_path, faces, bad):
+    args = dict(dict(counts=dict(train=1), size=32, train_render=64), **bad)
+    with pytest.raises(ValueError, match=f"'{'train' if 'counts' in bad else next(iter(bad))}' must be at least 1"):
+        fonts.render_dataset(tmp_path / 'images', {'anton': faces['anton']}, **args)
+    assert not (tmp_path / 'images').exists()

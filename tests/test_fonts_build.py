@@ -1,4 +1,6 @@
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,16 +45,19 @@ def npm(tmp_path):
 
 
 def test_npm_families(tmp_path, npm):
+    lobster = Path(demo_fonts()['lobster'][0].path)
+    (tmp_path / 'fonts' / 'lobster').mkdir(parents=True)
+    shutil.copy(lobster, tmp_path / 'fonts' / 'lobster')  # of another family than those asked for
     small = ('--train', 2, '--val', 1, '--test', 1, '--size', 32, '--train-render', 64)
     done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'anton', *small, env=npm)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout.startswith('1 fonts of 1 families'), done.stderr
     kept = sorted(p.name for p in (tmp_path / 'fonts' / 'anton').iterdir())
     assert kept == ['LICENSE', 'anton-latin-400-normal.woff2']
     assert len(list((tmp_path / 'images').rglob('*.*g'))) == 4
 
     done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'antonn', *small, env=npm)
     assert done.returncode == 1 and "the font family 'antonn': npm error not found" in done.stderr
-    assert sorted(p.name for p in (tmp_path / 'fonts').iterdir()) == ['anton']
+    assert sorted(p.name for p in (tmp_path / 'fonts').iterdir()) == ['anton', 'lobster']
 
 
 def test_broken_font_is_reported(tmp_path):
@@ -84,6 +89,14 @@ def test_select(tmp_path, images):
     assert done.returncode == 1 and f"No font of '{tmp_path}/fonts' matches '*italic'" in done.stderr
 
 
+def test_confusions_of_fonts_that_are_not_there(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    report = importlib.import_module('report')
+    pair = (('anton', 'sigmar'), 3)
+    with pytest.raises(ValueError, match="no font 'sigmar'"):
+        report.draw_confusions(report.Report(8, 2, 2, 50.0, 50.0, 1, [pair]), demo_fonts())
+
+
 def test_compare_and_report(tmp_path, images):
     table = tmp_path / 'table.md'
     args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--start', PUBLISHED, '--table', table)
@@ -98,9 +111,12 @@ def test_compare_and_report(tmp_path, images):
     assert {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')} == times
     done = _run('compare.py', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1, '--select', '*proj*')
     assert done.returncode == 1 and "proj_dim-128_0.01_0' was made with another epochs, start; give" in done.stderr
+    done = _run('compare.py', images, tmp_path / 'runs', '--seeds', 0)
+    assert done.returncode == 2 and '--seeds must be at least 1' in done.stderr
     done = _run('compare.py', images, tmp_path / 'runs', '--select', 'resnet50*')
     assert done.returncode == 2 and "no model matches 'resnet50*', there are: resnet18-average" in done.stderr
 
+    shutil.copy(demo_fonts()['inter'][0].path, tmp_path / 'fonts')  # not among the images
     picture = tmp_path / 'confusions.png'
     done = _run(
         'report.py',
@@ -112,7 +128,7 @@ def test_compare_and_report(tmp_path, images):
     )
     assert done.returncode == 0, done.stderr
     # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
-    assert f'6 images, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout
+    assert f'6 images of 2 fonts, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout
     assert Image.open(picture).getbbox()
 
 
@@ -131,7 +147,10 @@ def test_train_and_publish(tmp_path, images):
     files = sorted(p.name for p in (tmp_path / 'repo').iterdir())
     assert files == ['README.md', 'config.json', 'confusions.png', 'model.safetensors']
     card = (tmp_path / 'repo' / 'README.md').read_text()
-    assert '- Apache License 2.0: lobster\n- SIL Open Font License 1.1: anton\n' in card and '\n6 images' in card
+    assert '- Apache License 2.0: lobster\n- SIL Open Font License 1.1: anton\n' in card
+    assert 'Which of 2 fonts of 2 Google' in card and '6 images, 3 of each font.' in card
+    top1 = re.search(r'these weights.*?\| ([\d.]+) %', card)[1]
+    assert f'| top-1, test | {top1} % |' in card and 'validation' not in card
     assert (tmp_path / 'repo' / 'model.safetensors').stat().st_size < 0.6 * os.path.getsize(
         tmp_path / 'run' / 'model.safetensors'
     )

@@ -223,7 +223,7 @@ def finetune(
         workers: Loader processes.
         device: Device to train on; None for a GPU if there is one.
         seed: Seed of weights, order and augmentation.
-        resume: Continue the run in `output`.
+        resume: Continue the run in `output`. One that was cut off in its first epoch starts anew, with or without.
 
     Returns:
         Metrics of the saved weights: 'epoch', 'val_top1' and, if there is a test split, 'test_top1', in percent.
@@ -237,10 +237,14 @@ def finetune(
     output = Path(output)
     checkpoints = output / 'checkpoints'
     last = checkpoints / 'last.pth.tar'
-    if resume and not last.is_file():
+    present = {p.name for p in output.rglob('*')}
+    # cut off before its first checkpoint: there is nothing to lose, and nothing to continue
+    unsaved = 'args.yaml' in present and present <= {'args.yaml', 'checkpoints', 'tmp.pth.tar'}
+    if resume and not unsaved and not last.is_file():
         raise FileNotFoundError(f"Nothing to resume: '{last}' does not exist.")
-    if not resume and output.exists() and any(output.iterdir()):
+    if not resume and not unsaved and present:
         raise FileExistsError(f"'{output}' is not empty; use resume to continue its run, or another folder.")
+    resume = resume and not unsaved
     datasets = create_datasets(data_dir)
     label_names = list(datasets['train'].reader.class_to_idx)
 

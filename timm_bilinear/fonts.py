@@ -92,7 +92,7 @@ def check_face(face: Face):
     """
     try:
         font = face.at(32)
-        absent = bytes(font.getmask('\ue000'))  # what is drawn for a character that no font has
+        absent = bytes(font.getmask('\uffff'))  # what is drawn for a character that no font has
         missing = [c for c in CHARACTERS if bytes(font.getmask(c)) == absent or font.getmask(c).getbbox() is None]
     except OSError as e:
         raise ValueError(f"Cannot read font '{face.path}': {e}") from e
@@ -256,7 +256,7 @@ class FontDataset(Dataset):
         self.split = split
         self.count = count
         self.size = size
-        self.render = render or _RENDER[split]
+        self.render = _RENDER[split] if render is None else render
         self.seed = seed
         self.transform = transform
 
@@ -315,10 +315,13 @@ def render_dataset(
         `root`.
 
     Raises:
-        ValueError: If `root` has images of other arguments, or is no such folder.
+        ValueError: If a size or count is less than 1, `root` has images of other arguments, or is no such folder.
         OSError: If images cannot be written.
     """
     root = Path(root)
+    for name, value in dict(counts, size=size, train_render=train_render).items():
+        if value < 1:
+            raise ValueError(f"'{name}' must be at least 1, got {value}.")
     settings = dict(counts=counts, size=size, train_render=train_render, seed=seed)
     # family and file, not the whole path: the folder may be moved, and so may the fonts
     settings['fonts'] = {

@@ -83,6 +83,8 @@ def main():
         fonts, families, skipped = find_fonts(args.fonts)
         for sentence in skipped:
             print(f'Skipped: {sentence}', file=sys.stderr)
+        if args.npm is not None:
+            fonts = {name: faces for name, faces in fonts.items() if families[name] in (args.npm or FAMILIES)}
         fonts = {name: faces for name, faces in fonts.items() if fnmatchcase(name, args.select)}
         if not fonts:
             raise ValueError(f"No font of '{args.fonts}' matches '{args.select}'.")

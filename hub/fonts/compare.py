@@ -3,7 +3,7 @@
     python hub/fonts/compare.py images runs --epochs 5 --seeds 3 --table table.md
 
 Finished runs are kept when it is run again with the same settings, begun ones start anew, so that times are of whole
-runs. They are CPU time, which other work on the machine hardly changes.
+runs. They are CPU time, median and range.
 """
 
 import argparse
@@ -134,7 +134,8 @@ def _run_name(row: tuple) -> str:
 
 
 def _spread(values: List[float]) -> str:
-    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}'
+    mean = f'{statistics.mean(values):.1f}'
+    return f'{mean} ± {statistics.stdev(values):.1f}' if len(values) > 1 else mean
 
 
 def main():
@@ -153,6 +154,8 @@ def main():
     )
     parser.add_argument('--table', type=Path, help='file for the table')
     args = parser.parse_args()
+    if args.epochs < 1 or args.seeds < 1:
+        parser.error('--epochs and --seeds must be at least 1')
     models = [model for model in MODELS if fnmatchcase(_run_name(model), args.select)]
     if not models:
         parser.error(f"no model matches '{args.select}', there are: {', '.join(map(_run_name, MODELS))}")
@@ -171,10 +174,10 @@ def main():
         ]
         for model, reports in zip(models, zip(*results)):
             top1, family = (_spread([r[k] for r in reports]) for k in ('top1', 'family_top1'))
-            minutes = statistics.median(r['seconds'] for r in reports) / 60
+            minutes = sorted(r['seconds'] / 60 for r in reports)
             lines.append(
                 f'| {model[0]} | {model[3]:g} | {reports[0]["parameters"] / 1e6:.1f} M | {top1} | {family} |'
-                f' {minutes:.1f} min |'
+                f' {statistics.median(minutes):.1f} min ({minutes[0]:.1f} to {minutes[-1]:.1f}) |'
             )
         table = '\n'.join(lines)
         print(table)

@@ -28,6 +28,8 @@ class Report:
 
     Args:
         images: Number of images.
+        fonts: Number of fonts they are set in.
+        families: Number of these fonts' families.
         top1: Images whose font was named, in percent.
         family_top1: Images whose font's family was named, in percent.
         parameters: Number of the model's parameters.
@@ -35,6 +37,8 @@ class Report:
     """
 
     images: int
+    fonts: int
+    families: int
     top1: float
     family_top1: float
     parameters: int
@@ -57,10 +61,12 @@ def measure(model_dir: Path, images: Path) -> Report:
 
     Raises:
         FileNotFoundError: If the images are not there.
-        ValueError: If the images show a font that the model does not know.
+        ValueError: If the model has no names of classes, or the images show a font that it does not know.
     """
     model = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval().to(memory_format=torch.channels_last)
-    names = list(model.pretrained_cfg['label_names'])
+    names = list(model.pretrained_cfg.get('label_names') or ())
+    if not names:
+        raise ValueError(f"The config.json in '{model_dir}' has no label_names.")
     families = read_families(images)
     dataset = ImageDataset(str(images / 'test'), class_map={name: i for i, name in enumerate(names)})
     folders = {p.name for p in (images / 'test').iterdir()}
@@ -86,6 +92,8 @@ def measure(model_dir: Path, images: Path) -> Report:
                 confusions[tuple(sorted((names[guess], names[target])))] += 1
     return Report(
         len(dataset),
+        len(folders),
+        len({families[name] for name in folders}),
         100 * correct / len(dataset),
         100 * of_family / len(dataset),
         sum(p.numel() for p in model.parameters()),
@@ -93,24 +101,33 @@ def measure(model_dir: Path, images: Path) -> Report:
     )
 
 
-def draw_confusions(report: Report, fonts: Dict[str, List[Face]], per_class: int, count: int = 10) -> Image.Image:
+def draw_confusions(report: Report, fonts: Dict[str, List[Face]], count: int = 10) -> Image.Image:
     """The worst pairs, each as one text in both fonts.
 
     Args:
         report: Measurements.
         fonts: Faces by class.
-        per_class: Test images of each font.
         count: Number of pairs.
+
+    Raises:
+        ValueError: If the faces of a font are not there.
     """
     small = ImageFont.load_default(13)
     image = Image.new('RGB', (980, 92 * count + 8), 'white')
     draw = ImageDraw.Draw(image)
     for row, (pair, errors) in enumerate(report.confusions[:count]):
         for i, name in enumerate(pair):
+            if name not in fonts:
+                raise ValueError(f"There is no font '{name}' to draw what it was confused with.")
             y = 92 * row + 10 + 40 * i
             draw.text((12, y + 8), name, fill='black', font=small)
             draw.text((330, y), 'Grumpy wizards: 375 & $9', fill='black', font=fonts[name][0].at(30))
-        draw.text((820, 92 * row + 38), f'{errors} of {2 * per_class} images', fill='firebrick', font=small)
+        draw.text(
+            (820, 92 * row + 38),
+            f'{errors} of {2 * report.images // report.fonts} images',
+            fill='firebrick',
+            font=small,
+        )
         draw.line((12, 92 * row + 96, 968, 92 * row + 96), fill='lightgrey')
     return image
 
@@ -125,12 +142,12 @@ def main():
     try:
         fonts = find_fonts(args.fonts)[0]
         report = measure(args.model, args.images)
-        print(f'{report.images} images, {report.parameters:,} parameters')
+        print(f'{report.images} images of {report.fonts} fonts, {report.parameters:,} parameters')
         print(f'top-1 {report.top1:.2f} %, family top-1 {report.family_top1:.2f} %')
         for (a, b), errors in report.confusions[:10]:
             print(f'{errors:4d} {a} / {b}')
         if args.picture:
-            draw_confusions(report, fonts, report.images // len(fonts)).save(args.picture)
+            draw_confusions(report, fonts).save(args.picture)
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'report.py: error: {e}')
 

@@ -17,6 +17,7 @@ def main():
     parser.add_argument('images', type=Path, help='folder rendered by build.py')
     parser.add_argument('run', type=Path, help='folder for the run; one that was cut off is continued')
     parser.add_argument('--epochs', type=int, default=9, help='(default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=2, help='loader processes (default: %(default)s)')
     args = parser.parse_args()
     recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
     try:
@@ -27,6 +28,7 @@ def main():
             model_kwargs=dict(out_index_a=3),
             batch_size=64,
             stages=[Stage(args.epochs, 'adamw', lr=1e-3, head_lr=1e-2, weight_decay=0.05)],
+            workers=args.workers,
             seed=0,
             resume=(args.run / 'checkpoints' / 'last.pth.tar').is_file(),
             **recipe,
