@@ -103,7 +103,7 @@ def run(
     file = folder / 'report.json'
     if file.is_file():
         report = json.loads(file.read_text())
-        other = [k for k, v in settings.items() if report['settings'].get(k) != v]
+        other = [k for k, v in settings.items() if report.get('settings', {}).get(k) != v]
         if other:
             raise ValueError(f"Run '{folder}' was made with another {', '.join(other)}; give a new folder for runs.")
         return report
