@@ -31,6 +31,7 @@ def test_is_what_push_sends(tmp_path):
 def test_fits_the_tag(model):
     of_tag = timm.create_model(NAME)
     of_tag.load_state_dict(model.state_dict())
+    assert all(param.dtype == torch.float32 for param in model.parameters())
     # tuples are lists in config.json
     assert json.dumps(resolve_model_data_config(model)) == json.dumps(resolve_model_data_config(of_tag))
 

@@ -237,9 +237,10 @@ def finetune(
     output = Path(output)
     checkpoints = output / 'checkpoints'
     last = checkpoints / 'last.pth.tar'
-    present = {p.name for p in output.rglob('*')}
+    present = {p.name for p in output.iterdir()} if output.exists() else set()
     # cut off before its first checkpoint: there is nothing to lose, and nothing to continue
-    unsaved = 'args.yaml' in present and present <= {'args.yaml', 'checkpoints', 'tmp.pth.tar'}
+    unsaved = {'args.yaml'} <= present <= {'args.yaml', 'checkpoints'}
+    unsaved = unsaved and {p.name for p in checkpoints.glob('*')} <= {'tmp.pth.tar'}
     if resume and not unsaved and not last.is_file():
         raise FileNotFoundError(f"Nothing to resume: '{last}' does not exist.")
     if not resume and not unsaved and present:

@@ -15,7 +15,6 @@ import statistics
 import sys
 import tempfile
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import List, Optional
 
@@ -128,9 +127,9 @@ def run(
     return report
 
 
-def _run_name(row: tuple) -> str:
+def _run_name(row: tuple, seed: int) -> str:
     name = re.sub(r'\W+', '-', row[0])
-    return f'{name}_{row[3]:g}'
+    return f'{name}_{row[3]:g}_{seed}'
 
 
 def _spread(values: List[float]) -> str:
@@ -143,9 +142,6 @@ def main():
     parser.add_argument('images', type=Path, help='folder rendered by build.py')
     parser.add_argument('runs', type=Path, help='folder for the runs')
     parser.add_argument('--epochs', type=int, default=5)
-    parser.add_argument(
-        '--select', default='*', metavar='PATTERN', help='only models whose runs have such names, without the seed'
-    )
     parser.add_argument('--seeds', type=int, default=3, help='runs per model (default: %(default)s)')
     parser.add_argument(
         '--start',
@@ -156,9 +152,6 @@ def main():
     args = parser.parse_args()
     if args.epochs < 1 or args.seeds < 1:
         parser.error('--epochs and --seeds must be at least 1')
-    models = [model for model in MODELS if fnmatchcase(_run_name(model), args.select)]
-    if not models:
-        parser.error(f"no model matches '{args.select}', there are: {', '.join(map(_run_name, MODELS))}")
     lines = [
         '| model | head lr | parameters | top-1 | family top-1 | CPU time |',
         '| --- | --- | --- | --- | --- | --- |',
@@ -167,12 +160,12 @@ def main():
         # seeds outside: after each round every model has as many
         results = [
             [
-                run(args.images, args.runs / f'{_run_name(model)}_{seed}', *model[1:], args.epochs, seed, args.start)
-                for model in models
+                run(args.images, args.runs / _run_name(model, seed), *model[1:], args.epochs, seed, args.start)
+                for model in MODELS
             ]
             for seed in range(args.seeds)
         ]
-        for model, reports in zip(models, zip(*results)):
+        for model, reports in zip(MODELS, zip(*results)):
             top1, family = (_spread([r[k] for r in reports]) for k in ('top1', 'family_top1'))
             minutes = sorted(r['seconds'] / 60 for r in reports)
             lines.append(
