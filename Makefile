@@ -9,7 +9,7 @@ unit timm-tests: export OMP_NUM_THREADS = 1
 .PHONY: demo test install lint unit timm-tests clean
 
 demo: install
-	$(BIN)/timm-bilinear demo
+	$(BIN)/python hub/fonts/demo.py
 
 test: install lint unit timm-tests
 

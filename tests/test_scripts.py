@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import timm_bilinear
-from timm_bilinear.checkpoint import load_trained
+from timm_bilinear.hub.checkpoint import load_trained
 
 REPO = os.environ.get('TIMM_REPO')
 needs_repo = pytest.mark.skipif(not REPO, reason='TIMM_REPO does not name a checkout of timm')

@@ -1,7 +1,7 @@
-"""Bilinear CNNs for timm: importing the package registers the models."""
+"""Bilinear CNNs for timm: importing the package registers the models, and changes nothing else."""
 
-from . import layers, ops
-from .bcnn import BilinearCNN
-from .hub import push_to_hub
+from . import layers, models, ops
+from .hub import push_to_hub, save_model
+from .models import BilinearCNN
 
-__all__ = ['BilinearCNN', 'layers', 'ops', 'push_to_hub']
+__all__ = ['BilinearCNN', 'layers', 'models', 'ops', 'push_to_hub', 'save_model']

@@ -12,7 +12,7 @@ __all__ = ['main']
 
 
 def _finetune(args: argparse.Namespace):
-    from .finetune import finetune
+    from .tools.finetune import finetune
 
     args = vars(args)
     args['train_aug'] = {k: args.pop(k) for k in ('scale', 'ratio', 'hflip', 'color_jitter')}
@@ -21,27 +21,21 @@ def _finetune(args: argparse.Namespace):
     print(f"Saved to '{args['output']}': timm.create_model('local-dir:{args['output']}', pretrained=True)")
 
 
-def _demo(args: argparse.Namespace):
-    from .demo import demo
-
-    demo(args.output)
-
-
 def _benchmark_head(args: argparse.Namespace):
-    from .benchmark import benchmark_head
+    from .tools.benchmark import benchmark_head
 
     print(benchmark_head(args.output, args.repeats, args.device))
 
 
 def _benchmark_model(args: argparse.Namespace):
-    from .benchmark import benchmark_model
+    from .tools.benchmark import benchmark_model
 
     print(benchmark_model(args.output, args.repeats, args.device))
 
 
 def _push(args: argparse.Namespace):
     from .hub import push_to_hub
-    from .hub_client import file_hashes
+    from .hub.client import file_hashes
 
     args = vars(args)
     where = push_to_hub(args.pop('checkpoint'), args.pop('repo'), **args)
@@ -54,7 +48,7 @@ def _push(args: argparse.Namespace):
 
 
 def _prepare(args: argparse.Namespace):
-    from .prepare import prepare
+    from .data.prepare import prepare
 
     counts = prepare(args.dataset, args.src, args.dst)
     print(f"'{args.dst}': " + ', '.join(f'{k} {v}' for k, v in counts.items()))
@@ -120,10 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('dst', help='new folder for train and val')
 
     commands.add_parser('run', help="run a script, e.g. timm's validate.py, with the models registered")
-
-    p = commands.add_parser('demo', help='render fonts, fine-tune on them, save, load back and test')
-    p.set_defaults(run=_demo)
-    p.add_argument('--output', default='.demo', help='folder for images and model (default: %(default)s)')
 
     p = commands.add_parser('benchmark', help='measure speed and memory')
     benchmarks = p.add_subparsers(required=True, metavar='WHAT')

@@ -17,9 +17,8 @@ import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from render import find_fonts, render_dataset
 from tqdm import tqdm
-
-from timm_bilinear.fonts import find_fonts, render_dataset
 
 FAMILIES = (
     'big-shoulders-text bricolage-grotesque crimson-pro dm-sans geist hedvig-letters-serif instrument-sans '

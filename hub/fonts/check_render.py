@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from timm_bilinear.font_text import random_text
-from timm_bilinear.fonts import find_fonts, render_text
+from render import find_fonts, render_text
+from texts import random_text
 
 HEIGHTS = (224, 320, 448, 640, 1024)  # the last is the protocol's
 

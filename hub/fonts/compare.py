@@ -25,8 +25,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import random_seed
 
 from timm_bilinear import BilinearCNN
-from timm_bilinear.finetune import Stage, finetune
 from timm_bilinear.hub import save_model
+from timm_bilinear.tools.finetune import Stage, finetune
 
 STAGE_3 = dict(layers=(2, 2, 2, 0), channels=(64, 128, 256, 256))
 # name in the table, model, its arguments, peak learning rate of the classifier

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Dict, List
 
+from render import find_fonts
 from report import Report, draw_confusions, measure
 
 from timm_bilinear import push_to_hub
-from timm_bilinear.fonts import find_fonts
 
 _LICENSES = {'SIL OPEN FONT LICENSE': 'SIL Open Font License 1.1', 'APACHE LICENSE': 'Apache License 2.0'}
 

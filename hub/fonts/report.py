@@ -14,12 +14,12 @@ from typing import Dict, List, Tuple
 import timm
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from render import Face, find_fonts
 from timm.data import ImageDataset, create_loader, resolve_model_data_config
 from tqdm import tqdm
 
 import timm_bilinear  # noqa: F401
-from timm_bilinear.finetune import resolve_amp_dtype
-from timm_bilinear.fonts import Face, find_fonts
+from timm_bilinear.tools.finetune import resolve_amp_dtype
 
 
 @dataclass

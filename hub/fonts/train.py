@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from timm_bilinear.finetune import Stage, finetune
+from timm_bilinear.tools.finetune import Stage, finetune
 
 
 def main():

@@ -1,6 +1,6 @@
 """Compile what the launchers launch, for GPUs that are not here, and print what the compiler made of it as JSON.
 
-Run by test_triton_compile.py in a process of its own, because the tests' own kernels are the interpreter's.
+Run by test_kernels_compile.py in a process of its own, because the tests' own kernels are the interpreter's.
 """
 
 import contextlib
@@ -16,8 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_bilinear.ops import triton as path
-from timm_bilinear.ops import triton_backward, triton_forward, triton_max
+from timm_bilinear.ops.kernels import descriptors, gradients, maximum, path
 
 ARCHS = (80, 90)
 OPTIONS = ('num_warps', 'num_stages')
@@ -61,7 +60,7 @@ class Recorder:
 
 def record():
     """Launch everything once on the CPU, into recorders."""
-    for module in (triton_forward, triton_backward, triton_max):
+    for module in (descriptors, gradients, maximum):
         for name in [n for n in vars(module) if n.endswith('_kernel')]:
             kernels[name] = getattr(module, name)
             setattr(module, name, Recorder(kernels[name]))
@@ -74,7 +73,7 @@ def record():
         ((784, False), (784, True), (49, False)),  # 49 locations are unaligned only where they are innermost
     ):
         torch.backends.cuda.matmul.fp32_precision = 'tf32' if tf32 else 'ieee'
-        triton_forward._is_small = lambda programs, device, small=small: small
+        descriptors._is_small = lambda programs, device, small=small: small
         a = torch.zeros(2, 512, locations, dtype=dtype)
         if last:
             a = a.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,3 +1,3 @@
-from .bilinear_head import BilinearHead
+from .head import BilinearHead
 
 __all__ = ['BilinearHead']

@@ -18,6 +18,7 @@ from typing import List, Optional, Tuple
 
 import torch
 
+from .._compat import mkldnn_linear
 from .packing import packed_size, triangle_indices
 from .reference import compute_dtype
 
@@ -33,8 +34,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     In float32 by oneDNN, which uses AVX-512 on every vendor's cores; the BLAS behind torch.mm does not, and takes more
     than twice as long on AMD's.
     """
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], '')
+    if x.dtype == torch.float32 and mkldnn_linear is not None and torch.backends.mkldnn.enabled:
+        return mkldnn_linear(x, weight, None, 'none', [], '')
     return x @ weight.t()
 
 

@@ -3,7 +3,7 @@
     timm_bilinear::bilinear_pool        features -> unnormalised descriptors
     timm_bilinear::bilinear_classify    features, weight, bias -> logits
 
-Both run by `cpu.py` on the CPU and by `triton.py` on the GPU. With u = W^T g for a gradient g of the logits and
+Both run by `cpu.py` on the CPU and by `kernels` on the GPU. With u = W^T g for a gradient g of the logits and
 r = 1 / ||Y||: z.u = (logits - b).g, so the gradient of the descriptor, dY = r (u - z (z.u)), needs no reduction over D.
 """
 
@@ -22,9 +22,9 @@ __all__ = ['bilinear_classify', 'bilinear_pool']
 def _path(x: Tensor):
     if x.device.type == 'cpu':
         return cpu
-    from . import triton  # not everywhere installed, nor needed
+    from . import kernels  # Triton is not everywhere installed, nor needed
 
-    return triton
+    return kernels
 
 
 def _fake_descriptors(a: Tensor, b: Optional[Tensor], gpu_dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor]:
@@ -177,11 +177,17 @@ _autocast = torch.library.Library('timm_bilinear', 'FRAGMENT')
 def _ignore_autocast(op, device_type: str):
     def run(*args):
         with torch.autocast(device_type, enabled=False):
-            return op._opoverload(*args)
+            return op(*args)
 
-    _autocast.impl(op._name, run, f'Autocast{device_type.upper()}')
+    _autocast.impl(op.name(), run, f'Autocast{device_type.upper()}')
 
 
+_ops = torch.ops.timm_bilinear
 for _device_type in ('cpu', 'cuda'):
-    for _op in (bilinear_pool, bilinear_pool_backward, bilinear_classify, bilinear_classify_backward):
-        _ignore_autocast(_op, _device_type)
+    for _op in (
+        _ops.bilinear_pool,
+        _ops.bilinear_pool_backward,
+        _ops.bilinear_classify,
+        _ops.bilinear_classify_backward,
+    ):
+        _ignore_autocast(_op.default, _device_type)

@@ -1,0 +1,158 @@
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from render import demo_fonts
+
+SCRIPTS = Path(__file__).parents[2] / 'hub' / 'fonts'
+PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18.googlefonts'
+
+
+def _run(script, *args, **kwargs):
+    return subprocess.run([sys.executable, SCRIPTS / script, *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+def _build(*args, **kwargs):
+    return _run('build.py', *args, **kwargs)
+
+
+@pytest.fixture
+def npm(tmp_path):
+    """An npm that packs one family."""
+    package = tmp_path / 'package'
+    package.mkdir()
+    font = Path(demo_fonts()['anton'][0].path).read_bytes()
+    for name in ('anton-latin-400-normal.woff2', 'anton-latin-ext-400-normal.woff2', 'LICENSE', 'index.css'):
+        (package / name).write_bytes(font)
+    with tarfile.open(tmp_path / 'anton.tgz', 'w:gz') as tar:
+        tar.add(package, 'package')
+    script = tmp_path / 'bin' / 'npm'
+    script.parent.mkdir()
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *"@fontsource/anton "*) cp {tmp_path}/anton.tgz "$5";;\n'
+        '*) echo "npm error code E404" >&2; echo "npm error not found" >&2; exit 1;; esac\n'
+    )
+    script.chmod(0o755)
+    return dict(os.environ, PATH=f'{script.parent}:/usr/bin:/bin')
+
+
+def test_npm_families(tmp_path, npm):
+    lobster = Path(demo_fonts()['lobster'][0].path)
+    (tmp_path / 'fonts' / 'lobster').mkdir(parents=True)
+    shutil.copy(lobster, tmp_path / 'fonts' / 'lobster')  # of another family than those asked for
+    small = ('--train', 2, '--val', 1, '--test', 1, '--size', 32, '--train-render', 64)
+    done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'anton', *small, env=npm)
+    assert done.returncode == 0 and done.stdout.startswith('1 fonts of 1 families'), done.stderr
+    kept = sorted(p.name for p in (tmp_path / 'fonts' / 'anton').iterdir())
+    assert kept == ['LICENSE', 'anton-latin-400-normal.woff2']
+    assert len(list((tmp_path / 'images').rglob('*.*g'))) == 4
+
+    done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'antonn', *small, env=npm)
+    assert done.returncode == 1 and "the font family 'antonn': npm error not found" in done.stderr
+    assert sorted(p.name for p in (tmp_path / 'fonts').iterdir()) == ['anton', 'lobster']
+
+
+def test_broken_font_is_reported(tmp_path):
+    (tmp_path / 'fonts').mkdir()
+    (tmp_path / 'fonts' / 'broken.ttf').write_bytes(b'no font')
+    done = _build(tmp_path / 'fonts', tmp_path / 'images')
+    assert done.returncode == 1 and 'no usable font' in done.stderr and 'broken.ttf' in done.stderr
+    assert not (tmp_path / 'images').exists()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Images of two fonts."""
+    for name in ('anton', 'lobster'):
+        (tmp_path / 'fonts' / name).mkdir(parents=True)
+        path = Path(demo_fonts()[name][0].path)
+        shutil.copy(path, tmp_path / 'fonts' / name / f'{name}-latin-400-normal{path.suffix}')
+    args = ('--train', 4, '--val', 1, '--test', 3, '--size', 64, '--train-render', 64)
+    assert _build(tmp_path / 'fonts', tmp_path / 'images', *args).returncode == 0
+    return tmp_path / 'images'
+
+
+def test_select(tmp_path, images):
+    args = (tmp_path / 'fonts', tmp_path / 'selected', '--train', 1, '--val', 1, '--test', 1, '--size', 32, '--select')
+    done = _build(*args, '*bster-*-[47]00-normal')
+    assert done.returncode == 0 and done.stdout.startswith('1 fonts of 1 families')
+    assert [p.name for p in (tmp_path / 'selected' / 'test').iterdir()] == ['lobster-latin-400-normal']
+    done = _build(*args, '*italic')
+    assert done.returncode == 1 and f"No font of '{tmp_path}/fonts' matches '*italic'" in done.stderr
+
+
+def test_confusions_of_fonts_that_are_not_there(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    report = importlib.import_module('report')
+    pair = (('anton', 'sigmar'), 3)
+    with pytest.raises(ValueError, match="no font 'sigmar'"):
+        report.draw_confusions(report.Report(8, 2, 2, 50.0, 50.0, 1, [pair]), demo_fonts())
+
+
+def test_compare_and_report(tmp_path, images):
+    table = tmp_path / 'table.md'
+    args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--start', PUBLISHED, '--table', table)
+    done = _run('compare.py', *args)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
+    assert [row[2] for row in rows] == ['11.2 M', '11.2 M', '2.8 M', '2.8 M', '11.3 M', '11.4 M', '2.8 M']
+
+    times = {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')}
+    done = _run('compare.py', *args)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')} == times
+    done = _run('compare.py', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1)
+    assert (
+        done.returncode == 1
+        and "resnet18-average-pooling_0.001_0' was made with another epochs, start; give" in done.stderr
+    )
+    done = _run('compare.py', images, tmp_path / 'runs', '--seeds', 0)
+    assert done.returncode == 2 and '--seeds must be at least 1' in done.stderr
+
+    shutil.copy(demo_fonts()['inter'][0].path, tmp_path / 'fonts')  # not among the images
+    picture = tmp_path / 'confusions.png'
+    done = _run(
+        'report.py',
+        tmp_path / 'runs' / 'bcnn_resnet18-to-stage-3_0.01_0',
+        images,
+        tmp_path / 'fonts',
+        '--picture',
+        picture,
+    )
+    assert done.returncode == 0, done.stderr
+    # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
+    assert f'6 images of 2 fonts, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout
+    assert Image.open(picture).getbbox()
+
+
+def test_train_and_publish(tmp_path, images):
+    done = _run('train.py', images, tmp_path / 'run', '--epochs', 1)
+    assert done.returncode == 0, done.stderr
+
+    # of the run in float32, so the card must not tell it
+    (tmp_path / 'run' / 'results.json').write_text('{"epoch": 0, "val_top1": 12.34, "test_top1": 12.34}')
+    args = (tmp_path / 'run', images, tmp_path / 'fonts', tmp_path / 'repo')
+    (tmp_path / 'fonts' / 'anton' / 'LICENSE').write_text('SIL Open Font License')
+    done = _run('publish.py', *args)
+    assert done.returncode == 1 and f"'{tmp_path}/fonts/lobster/LICENSE' is not there" in done.stderr
+    assert not (tmp_path / 'repo').exists()
+    (tmp_path / 'fonts' / 'lobster' / 'LICENSE').write_text('Apache License')
+    done = _run('publish.py', *args)
+    assert done.returncode == 0, done.stderr
+    files = sorted(p.name for p in (tmp_path / 'repo').iterdir())
+    assert files == ['README.md', 'config.json', 'confusions.png', 'model.safetensors']
+    card = (tmp_path / 'repo' / 'README.md').read_text()
+    assert '- Apache License 2.0: lobster\n- SIL Open Font License 1.1: anton\n' in card
+    assert 'Which of 2 fonts of 2 Google' in card and '6 images, 3 of each font.' in card
+    top1 = re.search(r'these weights.*?\| ([\d.]+) %', card)[1]
+    assert f'| top-1, test | {top1} % |' in card and 'validation' not in card
+    assert (tmp_path / 'repo' / 'model.safetensors').stat().st_size < 0.6 * os.path.getsize(
+        tmp_path / 'run' / 'model.safetensors'
+    )

@@ -1,0 +1,3 @@
+from .bcnn import BilinearCNN
+
+__all__ = ['BilinearCNN']

@@ -1,0 +1,3 @@
+from .path import backward, classify, classify_backward, forward
+
+__all__ = ['backward', 'classify', 'classify_backward', 'forward']
