@@ -6,20 +6,36 @@ file alone, and its test says which.
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST as CACHED_NO_EXIST  # the cache's note that a repo lacks a file
+from timm.models._builder import _resolve_pretrained_source as resolve_pretrained_source  # where weights come from
 from timm.models._features import (
     FeatureGetterNet,  # features_only of a model by its forward_intermediates
     feature_take_indices,  # what `indices` of forward_intermediates means
 )
-from timm.models._hub import hf_split  # 'owner/name@revision', as timm reads it
+from timm.models._hub import (
+    HF_WEIGHTS_NAME,  # file of weights that timm loads if a config names none
+    hf_split,  # 'owner/name@revision', as timm reads it
+)
+from timm.models._hub import _get_safe_alternatives as get_safe_alternatives  # what timm prefers to a pickle
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks  # hooks on every module's calls
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper_subclass  # DTensor and its like
 
 __all__ = [
     'CACHED_NO_EXIST',
     'FeatureGetterNet',
+    'HF_WEIGHTS_NAME',
     'cuda_sleep',
     'feature_take_indices',
+    'get_safe_alternatives',
+    'has_global_hooks',
     'hf_split',
+    'is_wrapper_subclass',
+    'makes_other_tensors',
     'mkldnn_has_bfloat16',
     'mkldnn_linear',
+    'resolve_pretrained_source',
+    'under_forward_ad',
+    'under_transform',
 ]
 
 # oneDNN's product without an epilogue; absent from builds without oneDNN.
@@ -35,3 +51,20 @@ def mkldnn_has_bfloat16() -> bool:
 def cuda_sleep(cycles: int) -> None:
     """Keep the GPU busy, so that what a benchmark launches next waits in its queue."""
     torch.cuda._sleep(cycles)
+
+
+def makes_other_tensors(device: torch.device) -> bool:
+    """Whether tensors made now are not ordinary ones: fake, or a transform's. Exporters take ordinary constants."""
+    if torch.compiler.is_exporting():
+        return False
+    return under_transform() or type(torch.empty(0, device=device)) is not torch.Tensor
+
+
+def under_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp ...) is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def under_forward_ad() -> bool:
+    """Whether forward-mode derivatives may be asked for."""
+    return forward_ad._current_level >= 0

@@ -233,9 +233,18 @@ def test_input_errors(shape):
 
 def test_not_finite_input():
     head, x = head_and_features('two')
+    want = head(x)
     x[0, 0, 0, 0] = float('inf')
-    with pytest.raises(ValueError, match='finite'):
-        head(x)
+    logits = head(x)
+    assert logits[0].isnan().all() and torch.equal(logits[1:], want[1:])
+
+
+def test_empty_batch(variant):
+    head, x = head_and_features(variant)
+    for mode in (True, False):
+        head.train(mode)
+        assert head(x[:0]).shape == (0, 4)
+        assert head(x[:0], pre_logits=True).shape == (0, SIZES[variant])
 
 
 @pytest.mark.parametrize('grad_checkpointing', [False, True])

@@ -111,16 +111,21 @@ def test_tiny_half_precision_features(pool, value):
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('pool', ops.POOL_TYPES)
 @pytest.mark.parametrize('stream', [0, 1])
-def test_not_finite_features_raise(stream, pool, dtype, bad):
-    a, b = features(6, 5, dtype=dtype), features(4, 5, dtype=dtype)
+def test_not_finite_features_show_in_their_row(stream, pool, dtype, bad):
+    # As on the GPU, and as in every model of timm: whoever looks at the loss sees it, the other images are served.
+    a, b = features(6, 5, batch=3, dtype=dtype), features(4, 5, batch=3, dtype=dtype)
+    whole = a.clone(), b.clone()
     (a, b)[stream][1, 2, 3] = bad
-    with pytest.raises(ValueError, match='Features must be finite, got inf or nan'):
-        bilinear_pool(a, b, pool=pool)
-    with pytest.raises(ValueError, match='Features must be finite, got inf or nan'):
-        bilinear_classify(a, b, classifier(6, 4, dtype=dtype)[0], pool=pool)
-    if stream == 0:
-        with pytest.raises(ValueError, match='Features must be finite'):
-            bilinear_pool(a, pool=pool)
+    for b_, of_whole in ((b, whole), (None, (whole[0], None))):
+        if b_ is None and stream == 1:
+            continue
+        weight, bias = classifier(6, None if b_ is None else 4, dtype=dtype)
+        pairs = [(bilinear_pool(a, b_, pool=pool), bilinear_pool(*of_whole, pool=pool))]
+        logits = [bilinear_classify(*x, weight, bias, pool=pool) for x in ((a, b_), of_whole)]
+        for got, want in (*pairs, logits):
+            assert torch.equal(got[[0, 2]], want[[0, 2]]) and want.isfinite().all()
+            assert got[1].isnan().any()
+        assert logits[0][1].isnan().all()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)

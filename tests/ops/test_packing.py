@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from timm_bilinear.ops import fold_symmetric_weight, pack_symmetric, unfold_symmetric_weight, unpack_symmetric
 from timm_bilinear.ops.packing import matrix_size, packed_size, triangle_indices
@@ -51,6 +52,27 @@ def test_triangle_indices(channels):
             k += 1
         assert flat[diagonal[i]] == i * channels + i
     assert flat.numel() == k == packed_size(channels)
+
+
+def test_fake_tensors_are_not_kept():
+    # A model that is first traced with fake tensors must still run with real ones, and the other way round.
+    m, w = symmetric(2, 23), torch.randn(3, 23 * 23)
+    with FakeTensorMode():
+        fake = torch.empty(2, 23, 23)
+        assert unpack_symmetric(pack_symmetric(fake)).shape == (2, 23, 23)
+        assert fold_symmetric_weight(torch.empty(3, 23 * 23)).shape == (3, packed_size(23))
+    torch.testing.assert_close(unpack_symmetric(pack_symmetric(m)), m)
+    assert type(fold_symmetric_weight(w)) is torch.Tensor
+    with FakeTensorMode():
+        assert unfold_symmetric_weight(torch.empty(3, packed_size(23))).shape == (3, 23 * 23)
+
+
+def test_transforms():
+    m = symmetric(2, 24)
+    torch.testing.assert_close(torch.func.vmap(pack_symmetric)(m), pack_symmetric(m))
+    torch.testing.assert_close(torch.func.grad(lambda m: pack_symmetric(m).square().sum() / 2)(m[0]).triu(1),
+                               2 * m[0].triu(1))  # fmt: skip
+    torch.testing.assert_close(unpack_symmetric(pack_symmetric(m)), m)
 
 
 def test_pack_by_hand():

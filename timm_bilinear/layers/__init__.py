@@ -1,3 +1,4 @@
 from .head import BilinearHead
+from .pooling import BilinearPooling, create_pooling, list_poolings, register_pooling
 
-__all__ = ['BilinearHead']
+__all__ = ['BilinearHead', 'BilinearPooling', 'create_pooling', 'list_poolings', 'register_pooling']

@@ -1,15 +1,21 @@
-"""Classifier head on bilinear descriptors."""
+"""The head: split the streams' features, project, pool, drop, classify."""
 
-from typing import Optional
+from typing import Annotated, ClassVar, List, Optional
 
 import torch
 import torch.nn as nn
 from timm.layers import get_device_dtype
 from timm.models import register_notrace_module
 
-from ..ops import POOL_TYPES, bilinear_classify, bilinear_pool, descriptor_size, reference
+from .._compat import has_global_hooks, is_wrapper_subclass
+from ..ops import descriptor_size
+from .arguments import Bounds, check_arguments
+from .pooling import create_pooling
+from .pooling.registry import pooling_arguments
 
 __all__ = ['BilinearHead']
+
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 def _projection(in_features: int, proj_dim: Optional[int], dd: dict) -> nn.Module:
@@ -21,6 +27,20 @@ def _projection(in_features: int, proj_dim: Optional[int], dd: dict) -> nn.Modul
     return proj
 
 
+def _is_unhooked(module: nn.Module) -> bool:
+    """Whether nobody would notice that a module is not called."""
+    return 'forward' not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _is_plain_linear(fc: nn.Module) -> bool:
+    """Whether a classifier is its weight and bias and nothing else.
+
+    Not so a subclass (LoRA, parametrizations, quantisation-aware training), one with hooks (pruning, observers,
+    offloading, sharding) or one whose weight is not an ordinary tensor (DTensor, quantised).
+    """
+    return type(fc) is nn.Linear and _is_unhooked(fc) and not is_wrapper_subclass(fc.weight)
+
+
 @register_notrace_module  # reason: argument checks and dispatch in the ops are not symbolically traceable
 class BilinearHead(nn.Module):
     """Classifier head w/ bilinear pooling, dropout and optional 1x1 projections of the features.
@@ -28,116 +48,137 @@ class BilinearHead(nn.Module):
     Source: Bilinear CNNs for Fine-grained Visual Recognition, https://arxiv.org/abs/1504.07889.
     """
 
+    __jit_unused_properties__: ClassVar[List[str]] = ['grad_checkpointing']
+
     def __init__(
         self,
-        in_features: int,
-        num_classes: int,
-        in_features_b: Optional[int] = None,
+        in_features: Annotated[int, Bounds(1)],
+        num_classes: Annotated[int, Bounds(0)],
+        in_features_b: Annotated[Optional[int], Bounds(1)] = None,
         pool_type: str = 'avg',
-        eps: float = 1e-10,
-        proj_dim: Optional[int] = None,
-        drop_rate: float = 0.0,
+        proj_dim: Annotated[Optional[int], Bounds(1)] = None,
+        drop_rate: Annotated[float, Bounds(0, 1)] = 0.0,
         device=None,
         dtype=None,
+        **pool_args,
     ):
         """
         Args:
             in_features: Channels of stream a.
             num_classes: Number of classes, 0 for no classifier (the head returns descriptors).
             in_features_b: Channels of stream b, None if stream a is paired with itself (packed symmetric descriptors).
-            pool_type: 'avg', 'sum' or 'max' over locations, '' for none (the head returns its input).
-            eps: Offset under the signed square root, > 0.
+            pool_type: Pooling, one of `list_poolings()`; '' for none (the head returns its input).
             proj_dim: Streams with more channels are projected to this many by a 1x1 convolution. None for never.
             drop_rate: Dropout rate of the descriptor.
+            **pool_args: Arguments of the pooling, e.g. `eps`.
 
         Raises:
+            TypeError: If an argument is of the wrong type, or the pooling does not have it.
             ValueError: If an argument is out of its range.
         """
         super().__init__()
-        for name, value in (('in_features', in_features), ('in_features_b', in_features_b), ('proj_dim', proj_dim)):
-            if value is not None and value < 1:
-                raise ValueError(f"'{name}' must be positive, got {value}.")
-        if not 0.0 < eps < float('inf'):
-            raise ValueError(f"'eps' must be positive and finite, got {eps}.")
+        check_arguments(BilinearHead, {k: v for k, v in locals().items() if k != 'pool_args'})
         dd = {'device': device, 'dtype': dtype}
         self.in_features = in_features
         self.in_features_b = in_features_b
         self.width = in_features + (in_features_b or 0)
-        self.eps = eps
         self.proj_a = _projection(in_features, proj_dim, dd)
         self.proj_b = None if in_features_b is None else _projection(in_features_b, proj_dim, dd)
-        # channels that meet in the outer product, and the descriptor (pre-logits) width D they make
+        # channels that are pooled
         self.channels = min(in_features, proj_dim or in_features)
         self.channels_b = None if in_features_b is None else min(in_features_b, proj_dim or in_features_b)
-        self.num_features = descriptor_size(self.channels, self.channels_b)
+        self.pool_args = pool_args
+        self._set_pool(pool_type, dd)
         self.drop = nn.Dropout(drop_rate)
-        self.grad_checkpointing = False  # the fused classifier keeps no descriptors for backward, but makes them again
-        self._set_pool(pool_type)
         self.fc = self._create_fc(num_classes, dd)
 
-    def _set_pool(self, pool_type: str):
-        if pool_type and pool_type not in POOL_TYPES:
-            raise ValueError(f"'pool_type' must be one of {', '.join(map(repr, POOL_TYPES))} or '', got {pool_type!r}.")
+    def _set_pool(self, pool_type: str, dd: dict):
+        pool = None
+        if pool_type:
+            in_features = (self.channels,) if self.channels_b is None else (self.channels, self.channels_b)
+            pool = create_pooling(pool_type, in_features, **self.pool_args, **dd)
         self.pool_type = pool_type
+        self.pool = pool
+        # without a pooling, the size of descriptors that the exact one would make
+        self.num_features = descriptor_size(self.channels, self.channels_b) if pool is None else pool.num_features
 
     def _create_fc(self, num_classes: int, dd: dict) -> nn.Module:
-        if num_classes < 0:
-            raise ValueError(f"'num_classes' must not be negative, got {num_classes}.")
         return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether backward makes descriptors again instead of keeping them, where the pooling can."""
+        return self.pool is not None and self.pool.grad_checkpointing
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool):
+        if self.pool is not None:
+            self.pool.grad_checkpointing = enable
 
     def reset(self, num_classes: int, pool_type: Optional[str] = None, device=None, dtype=None):
         """
         Args:
             num_classes: The number of classes for the new classifier, 0 to remove it.
-            pool_type: New pooling type, unchanged if None.
+            pool_type: New pooling, unchanged if None. It keeps those arguments of the old one that it takes.
 
         Raises:
             ValueError: If `pool_type` is unknown or `num_classes` negative.
         """
+        check_arguments(BilinearHead, dict(num_classes=num_classes))
         dd = get_device_dtype(self, device=device, dtype=dtype)
-        if pool_type is not None:
-            self._set_pool(pool_type)
+        if pool_type is not None and pool_type != self.pool_type:
+            if pool_type:
+                known = pooling_arguments(pool_type)
+                self.pool_args = {k: v for k, v in self.pool_args.items() if k in known}
+            grad_checkpointing = self.grad_checkpointing
+            self._set_pool(pool_type, dd)
+            self.grad_checkpointing = grad_checkpointing
         self.fc = self._create_fc(num_classes, dd)
-        self.fc.train(self.training)
+        self.train(self.training)
 
-    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def _can_fuse(self, x: torch.Tensor, x_b: Optional[torch.Tensor]) -> bool:
+        """Whether the classifier may be merged with the pooling, and neither it, pooling nor dropout be called."""
+        if not _is_plain_linear(self.fc) or (self.training and self.drop.p > 0.0) or has_global_hooks():
+            return False
+        is_plain = not (is_wrapper_subclass(x) or (x_b is not None and is_wrapper_subclass(x_b)))
+        return is_plain and _is_unhooked(self.pool) and _is_unhooked(self.drop)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        pre_logits: bool = False,
+        x_b: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
         """
         Args:
-            x: (B, C, H, W) features; two streams: channels concatenated, a then b.
+            x: (B, C, H, W) features; two streams: channels concatenated, a then b, or those of a alone.
             pre_logits: Return descriptors.
+            x_b: (B, Cb, H, W) features of stream b, if `x` has those of a alone.
 
         Returns:
-            (B, num_classes) logits; (B, D) descriptors of unit length, dropped out in training, if `pre_logits` or
-            without a classifier; `x` itself if `pool_type` is ''.
+            (B, num_classes) logits; (B, D) descriptors, dropped out in training, if `pre_logits` or without a
+            classifier; the features themselves, (B, C, H, W), without a pooling.
 
         Raises:
-            ValueError: If `x` is not of this shape, or (on the CPU) not finite, or a classifier is asked to work on
-                unpooled features.
+            ValueError: If features are not of these shapes, or a classifier is asked to work on unpooled features.
         """
-        has_classifier = isinstance(self.fc, nn.Linear)
-        if not self.pool_type:
-            if has_classifier and not pre_logits:
+        if self.pool is None:
+            if isinstance(self.fc, nn.Linear) and not pre_logits:
                 raise ValueError("The classifier needs pooled features, but 'pool_type' is ''.")
-            return x
-        if x.dim() != 4 or x.shape[1] != self.width:
+            return x if x_b is None else torch.cat([x, x_b], dim=1)
+        width = x.shape[1] + (0 if x_b is None else x_b.shape[1])
+        if x.dim() != 4 or width != self.width:
             raise ValueError(f'Features must be (B, {self.width}, H, W), got shape {x.shape}.')
-        a = self.proj_a(x[:, : self.in_features])
-        b: Optional[torch.Tensor] = None
+        b = x_b
         if self.proj_b is not None:
-            b = self.proj_b(x[:, self.in_features :])
-        fused = has_classifier and not pre_logits and not (self.training and self.drop.p > 0.0)
-        if torch.jit.is_scripting():  # TorchScript takes neither the ops' keyword-only arguments nor their checks
-            z = self.drop(reference.bilinear_pool(a, b, self.pool_type, self.eps))
-        elif fused:
-            return bilinear_classify(
-                a,
-                b,
-                self.fc.weight,
-                self.fc.bias,
-                pool=self.pool_type,
-                eps=self.eps,
-                recompute=self.grad_checkpointing,
-            )
-        else:
-            z = self.drop(bilinear_pool(a, b, pool=self.pool_type, eps=self.eps))
+            if b is None:
+                x, b = x[:, : self.in_features], x[:, self.in_features :]
+            b = self.proj_b(b)
+        a = self.proj_a(x)
+        if not torch.jit.is_scripting():
+            if not pre_logits and self._can_fuse(a, b):
+                logits = self.pool.classify((a,) if b is None else (a, b), self.fc)
+                if logits is not None:
+                    return logits
+        z = self.drop(self.pool(a) if b is None else self.pool(a, b))
         return z if pre_logits else self.fc(z)

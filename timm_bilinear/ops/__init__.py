@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 
+from .._compat import is_wrapper_subclass, under_forward_ad, under_transform
 from . import library, reference
 from .packing import fold_symmetric_weight, pack_symmetric, packed_size, unfold_symmetric_weight, unpack_symmetric
 
@@ -49,8 +49,8 @@ def _check_features(name: str, x: torch.Tensor):
         raise ValueError(f"'{name}' must be (B, C, H, W) or (B, C, N), got shape {tuple(x.shape)}.")
     if not x.is_floating_point():
         raise TypeError(f"'{name}' must be floating point, got {x.dtype}.")
-    if x.numel() == 0:
-        raise ValueError(f"'{name}' must have images, channels and locations, got shape {tuple(x.shape)}.")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"'{name}' must have channels and locations, got shape {tuple(x.shape)}.")
 
 
 def _check_same(what: str, name: str, got, expected):
@@ -117,8 +117,14 @@ def _has_kernels(index: int) -> bool:
 
 
 def _is_fast(a: torch.Tensor, pool: str) -> bool:
-    """Whether a fast path takes this call. Graphs that leave PyTorch get the reference, made of its ops alone."""
+    """Whether a fast path takes this call.
+
+    The reference, made of PyTorch's ops alone, takes graphs that leave PyTorch, tensors that are more than one
+    (DTensor), and derivatives other than the gradient: forward mode and the transforms of `torch.func`.
+    """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if under_transform() or under_forward_ad() or is_wrapper_subclass(a):
         return False
     if a.device.type == 'cuda':
         return a.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_kernels(a.device.index)
@@ -134,29 +140,6 @@ def _streams(a: torch.Tensor, b: Optional[torch.Tensor]) -> Tuple[torch.Tensor, 
     return a.to(dtype), b.flatten(2).to(dtype)
 
 
-class _Widen(torch.autograd.Function):
-    """float16 to float32; where float16 cannot hold the gradient it is the largest it can."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        return x.float()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return grad.clamp(-65504.0, 65504.0).half()
-
-
-def _reference_features(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    return _Widen.apply(x) if x is not None and x.dtype == torch.float16 and x.requires_grad else x
-
-
-def _check_finite(out: torch.Tensor):
-    """The error of the fast path, for what it leaves to the reference."""
-    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    if eager and out.device.type == 'cpu' and not out.isfinite().all():
-        raise ValueError('Features must be finite, got inf or nan in the batch.')
-
-
 def bilinear_pool(
     a: torch.Tensor,
     b: Optional[torch.Tensor] = None,
@@ -167,7 +150,7 @@ def bilinear_pool(
     """Bilinear descriptors: outer product per location, pooled over locations, signed square root, L2 norm.
 
     Products and everything after them are float32 (float64 for float64 features), under autocast too; finite features
-    give finite descriptors and gradients in every dtype.
+    give finite descriptors and gradients in every dtype, and an image with a nan or inf has nan in its own row alone.
 
     Source: https://arxiv.org/abs/1504.07889; the signed root sign(z) (sqrt(|z| + eps) - sqrt(eps)) is that of the
     authors' PyTorch release (cvl-umass/bilinear-cnn, with eps = 1e-5).
@@ -184,7 +167,7 @@ def bilinear_pool(
 
     Raises:
         TypeError: If a tensor is not floating point, or dtypes differ outside autocast.
-        ValueError: If shapes, devices, `pool` or `eps` are wrong, or (on the CPU) features are not finite.
+        ValueError: If shapes, devices, `pool` or `eps` are wrong.
     """
     _check(a, b, None, None, pool, eps)
     dtype = _autocast_dtype(a.device.type) or a.dtype
@@ -192,10 +175,9 @@ def bilinear_pool(
         a, b = _streams(a, b)
         if _is_fast(a, pool):
             y, *_ = library.bilinear_pool(a, b, pool, eps)
-            return F.normalize(y.to(reference.compute_dtype(y.dtype)), dim=1, eps=1e-12).to(dtype)
-        z = reference.bilinear_pool(_reference_features(a), _reference_features(b), pool, eps)
-    _check_finite(z)
-    return z.to(dtype)
+            y = y.to(reference.compute_dtype(y.dtype))
+            return (y / reference.norm(y)).to(dtype)
+        return reference.bilinear_pool(a, b, pool, eps).to(dtype)
 
 
 def bilinear_classify(
@@ -228,7 +210,7 @@ def bilinear_classify(
 
     Raises:
         TypeError: If a tensor is not floating point, or dtypes differ outside autocast.
-        ValueError: If shapes, devices, `pool` or `eps` are wrong, or (on the CPU) features are not finite.
+        ValueError: If shapes, devices, `pool` or `eps` are wrong.
     """
     if weight is None:
         raise TypeError("'weight' must be a tensor, got NoneType.")
@@ -239,7 +221,4 @@ def bilinear_classify(
         if _is_fast(a, pool):
             logits, *_ = library.bilinear_classify(a, b, weight, bias, pool, eps, recompute)
             return logits.to(dtype)
-        a, b = _reference_features(a), _reference_features(b)
-        logits = reference.bilinear_classify(a, b, weight, bias, pool, eps)
-    _check_finite(logits)
-    return logits.to(dtype)
+        return reference.bilinear_classify(a, b, weight, bias, pool, eps).to(dtype)

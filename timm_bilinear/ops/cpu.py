@@ -106,10 +106,7 @@ def _block_index(channels: int, row: int, device: torch.device) -> torch.Tensor:
 
 
 def _largest(x: torch.Tensor, i: int) -> float:
-    largest = x[i].abs().amax().item()
-    if not math.isfinite(largest):
-        raise ValueError(f'Features must be finite, got inf or nan in image {i} of the batch.')
-    return largest or 1.0
+    return x[i].abs().amax().item() or 1.0
 
 
 def forward(
@@ -129,9 +126,6 @@ def forward(
     Returns:
         Tuple, in the compute dtype: y (B, D); its norms (B,), at least 1e-12; scale (B, 2), 1 but where features are
         too large to be multiplied: those of a and b were divided by it, and so y by the root of its product.
-
-    Raises:
-        ValueError: If features are not finite.
     """
     batch, channels, locations = a.shape
     size = packed_size(channels) if b is None else channels * b.shape[1]
@@ -148,8 +142,11 @@ def forward(
         one(i)
     norm = torch.linalg.vector_norm(y, dim=1)
     for i in torch.nonzero(~norm.isfinite()).flatten().tolist():
-        scale[i, 0] = _largest(a, i)
-        scale[i, 1] = scale[i, 0] if b is None else _largest(b, i)
+        largest = [_largest(x, i) for x in (a, b) if x is not None]
+        if not all(map(math.isfinite, largest)):
+            y[i] = norm[i] = math.nan
+            continue
+        scale[i, 0], scale[i, 1] = largest[0], largest[-1]
         one(i)
         norm[i] = torch.linalg.vector_norm(y[i])
     return y, norm.clamp_min_(1e-12), scale

@@ -7,12 +7,14 @@ Both run by `cpu.py` on the CPU and by `kernels` on the GPU. With u = W^T g for 
 r = 1 / ||Y||: z.u = (logits - b).g, so the gradient of the descriptor, dY = r (u - z (z.u)), needs no reduction over D.
 """
 
-from typing import List, Optional, Tuple
+from functools import partial
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu
+from . import cpu, reference
 from .packing import packed_size
 from .reference import compute_dtype
 
@@ -34,8 +36,43 @@ def _fake_descriptors(a: Tensor, b: Optional[Tensor], gpu_dtype: torch.dtype) ->
     return y, a.new_empty(a.shape[0], dtype=dtype), a.new_empty(a.shape[0], 2, dtype=dtype)
 
 
-def _fake_gradients(*inputs: Optional[Tensor]) -> List[Tensor]:
-    return [torch.empty_like(x) for x in inputs if x is not None]
+def _with_absent(like: Tensor, *grads: Optional[Tensor]) -> Tuple[Tensor, ...]:
+    """Gradients, empty ones for those that are absent: an op has a fixed number of outputs that vmap can stack."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_gradients(a: Tensor, b: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+    return torch.empty_like(a), None if b is None else torch.empty_like(b)
+
+
+def _reference_gradients(
+    run: Callable[..., Tensor],
+    inputs: Sequence[Optional[Tensor]],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> List[Optional[Tensor]]:
+    """Gradients of those inputs that need one, by the reference, so that they can be differentiated again."""
+    with torch.enable_grad():
+        # views, whose gradients are apart where one tensor is two inputs
+        views = [None if x is None else x.view_as(x) for x in inputs]
+        out = run(*views)
+    wanted = [x for x, need in zip(views, needed) if need]
+    grads = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    return [next(grads) if need else None for need in needed]
+
+
+def _one_by_one(op):
+    """vmap rule of an op: `jacobian(vectorize=True)` and `is_grads_batched` call backward so."""
+
+    def run(info, in_dims, *args):
+        batches = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        outputs = [torch.stack(tensors) for tensors in zip(*batches)]
+        return outputs, [0] * len(outputs)
+
+    op.register_vmap(run)
 
 
 @torch.library.custom_op('timm_bilinear::bilinear_pool', mutates_args=(), device_types=('cpu', 'cuda'))
@@ -58,14 +95,15 @@ def bilinear_pool_backward(
     b: Optional[Tensor],
     pool: str,
     eps: float,
-) -> List[Tensor]:
-    """See `backward` of the device's path."""
-    return _path(a).backward(grad, y, scale, a, b, pool, eps)
+) -> Tuple[Tensor, Tensor]:
+    """Gradients of a and b, see `backward` of the device's path; empty if there is no b."""
+    grads = _path(a).backward(grad, y, scale, a, b, pool, eps)
+    return _with_absent(a, grads[0], None if b is None else grads[1])
 
 
 @bilinear_pool_backward.register_fake
 def _(grad, y, scale, a, b, pool, eps):
-    return _fake_gradients(a, b)
+    return _with_absent(a, *_fake_gradients(a, b))
 
 
 def _pool_setup(ctx, inputs, output):
@@ -80,6 +118,10 @@ def _pool_backward(ctx, grad, _norm, _scale):
     a, b, y, scale = ctx.saved_tensors
     if grad is None:
         return None, None, None, None
+    if torch.is_grad_enabled():  # create_graph
+        needed = ctx.needs_input_grad[:2]
+        run = partial(reference.descriptors, pool=ctx.pool, eps=ctx.eps, scale=scale)
+        return *_reference_gradients(run, (a, b), needed, grad), None, None
     grads = torch.ops.timm_bilinear.bilinear_pool_backward(grad, y, scale, a, b, ctx.pool, ctx.eps)
     return grads[0], None if b is None else grads[1], None, None
 
@@ -119,31 +161,39 @@ def bilinear_classify_backward(
     eps: float,
     need_features: bool,
     need_weight: bool,
-) -> List[Tensor]:
-    """See `classify_backward` of the device's path."""
-    return _path(a).classify_backward(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight)
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and weight, see `classify_backward` of the device's path; empty if not needed."""
+    grads = _path(a).classify_backward(
+        grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight
+    )
+    grad_weight = grads.pop() if need_weight else None
+    grad_a, grad_b, *_ = (*grads, None, None)
+    return _with_absent(a, grad_a, grad_b, grad_weight)
 
 
 @bilinear_classify_backward.register_fake
 def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight):
-    grads = _fake_gradients(a, b) if need_features else []
-    return grads + [weight.new_empty(weight.shape)] * need_weight
+    grads = _fake_gradients(a, b) if need_features else (None, None)
+    return _with_absent(a, *grads, weight.new_empty(weight.shape) if need_weight else None)
 
 
 def _classify_setup(ctx, inputs, output):
     a, b, weight, bias, ctx.pool, ctx.eps, ctx.recompute = inputs
     _, scores, y, norm, scale = output
     ctx.y_dtype = y.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(scores, y, norm, scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, weight, scores, *(() if ctx.recompute else (y, norm, scale)))
+    ctx.save_for_backward(a, b, weight, bias, scores, *(() if ctx.recompute else (y, norm, scale)))
 
 
 def _classify_backward(ctx, grad, *_):
-    a, b, weight, scores, *descriptors = ctx.saved_tensors
+    a, b, weight, bias, scores, *descriptors = ctx.saved_tensors
     if grad is None:
         return (None,) * 7
+    if torch.is_grad_enabled():  # create_graph
+        needed = ctx.needs_input_grad[:4]
+        run = partial(reference.bilinear_classify, pool=ctx.pool, eps=ctx.eps)
+        return *_reference_gradients(run, (a, b, weight, bias), needed, grad), None, None, None
     if ctx.recompute:
         with torch.no_grad():
             y, *descriptors = torch.ops.timm_bilinear.bilinear_pool(a, b, ctx.pool, ctx.eps)
@@ -152,23 +202,16 @@ def _classify_backward(ctx, grad, *_):
     grads = torch.ops.timm_bilinear.bilinear_classify_backward(
         grad, scores, *descriptors, a, b, weight, ctx.pool, ctx.eps, need_features, need_weight
     )
-    grad_weight = grads.pop() if need_weight else None
-    grad_bias = grad.sum(0, dtype=scores.dtype).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    grad_bias = grad.sum(0, dtype=scores.dtype).to(bias.dtype) if ctx.needs_input_grad[3] else None
     grad_a = grads[0] if need_features else None
-    grad_b = grads[1] if len(grads) > 1 else None
-    return grad_a, grad_b, grad_weight, grad_bias, None, None, None
-
-
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        'Bilinear pooling has no second derivatives; differentiate timm_bilinear.ops.reference twice instead.'
-    )
+    grad_b = grads[1] if need_features and b is not None else None
+    return grad_a, grad_b, grads[2] if need_weight else None, grad_bias, None, None, None
 
 
 bilinear_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
 bilinear_classify.register_autograd(_classify_backward, setup_context=_classify_setup)
-bilinear_pool_backward.register_autograd(_no_second_derivative)
-bilinear_classify_backward.register_autograd(_no_second_derivative)
+_one_by_one(bilinear_pool_backward)
+_one_by_one(bilinear_classify_backward)
 
 # Autocast changes nothing within the ops: half-precision features are multiplied as they are, all else is float32.
 _autocast = torch.library.Library('timm_bilinear', 'FRAGMENT')
@@ -191,3 +234,36 @@ for _device_type in ('cpu', 'cuda'):
         _ops.bilinear_classify_backward,
     ):
         _ignore_autocast(_op.default, _device_type)
+
+
+def _pool_flops(a, b) -> int:
+    batch, channels, locations = a
+    return 2 * batch * locations * (packed_size(channels) if b is None else channels * b[1])
+
+
+def _gradient_flops(a, b) -> int:
+    """Of the features: (dZ + dZ^T) A, or two products."""
+    batch, channels, locations = a
+    return 2 * batch * locations * (channels**2 if b is None else 2 * channels * b[1])
+
+
+# What FlopCounterMode counts: multiplications and additions of the products, as for PyTorch's own.
+@register_flop_formula(_ops.bilinear_pool)
+def _(a, b, *_, **__) -> int:
+    return _pool_flops(a, b)
+
+
+@register_flop_formula(_ops.bilinear_pool_backward)
+def _(grad, y, scale, a, b, *_, **__) -> int:
+    return _gradient_flops(a, b)
+
+
+@register_flop_formula(_ops.bilinear_classify)
+def _(a, b, weight, *_, **__) -> int:
+    return _pool_flops(a, b) + 2 * a[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(_ops.bilinear_classify_backward)
+def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, **__) -> int:
+    products = 2 * a[0] * weight[0] * weight[1] * (need_features + need_weight)
+    return products + (_gradient_flops(a, b) if need_features else 0)

@@ -9,7 +9,10 @@ import math
 from functools import lru_cache
 from typing import Tuple
 
+import numpy as np
 import torch
+
+from .._compat import makes_other_tensors
 
 __all__ = [
     'packed_size',
@@ -40,27 +43,39 @@ def matrix_size(packed: int) -> int:
 
 
 @lru_cache(maxsize=16)
+def _triangle(channels: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index tables of the packed layout, see `triangle_indices`, as arrays: these no mode or transform touches."""
+    row, col = np.triu_indices(channels)
+    place = np.empty((channels, channels), dtype=np.int64)
+    place[row, col] = place[col, row] = np.arange(len(row))
+    return row * channels + col, place.ravel(), place.diagonal().copy()
+
+
+@lru_cache(maxsize=16)
+def _on_device(channels: int, device: torch.device) -> Tuple[torch.Tensor, ...]:
+    # The cache is the process's, so it must not hold inference tensors, whoever asks for them first.
+    with torch.inference_mode(False):
+        return tuple(torch.from_numpy(x).to(device) for x in _triangle(channels))
+
+
+@torch.compiler.assume_constant_result
 def triangle_indices(channels: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Index tables of the packed layout, made once per size and device.
+
+    They are constants, in graphs that are traced or exported too.
 
     Returns:
         Tuple of int64 tensors: place of each packed entry in the flat (C * C) matrix, (D,); place of each matrix
         entry in the packed vector, (C * C,); places of the diagonal in the packed vector, (C,).
     """
-    # Tables live in a process-wide cache, so they must not be inference tensors, whoever asks for them first.
-    with torch.inference_mode(False):
-        row, col = torch.triu_indices(channels, channels, device=device)
-        flat = row * channels + col
-        place = torch.empty(channels, channels, dtype=torch.int64, device=device)
-        index = torch.arange(flat.numel(), device=device)
-        place[row, col] = index
-        place[col, row] = index
-        return flat, place.flatten(), place.diagonal().clone()
+    if makes_other_tensors(device):  # not to be kept, nor to meet those that were
+        return tuple(torch.from_numpy(x).to(device) for x in _triangle(channels))
+    return _on_device(channels, device)
 
 
 def _scale(channels: int, diagonal: float, off_diagonal: float, like: torch.Tensor) -> torch.Tensor:
-    row, col = torch.triu_indices(channels, channels, device=like.device)
-    return like.new_full(row.shape, off_diagonal).masked_fill_(row == col, diagonal)
+    _, _, places = triangle_indices(channels, like.device)
+    return like.new_full((packed_size(channels),), off_diagonal).index_fill(0, places, diagonal)
 
 
 def _check_square(name: str, shape: torch.Size):
@@ -82,8 +97,8 @@ def pack_symmetric(m: torch.Tensor) -> torch.Tensor:
     """
     _check_square('m', m.shape)
     channels = m.shape[-1]
-    row, col = torch.triu_indices(channels, channels, device=m.device)
-    return m[..., row, col] * _scale(channels, 1.0, math.sqrt(2), m)
+    flat, _, _ = triangle_indices(channels, m.device)
+    return m.flatten(-2)[..., flat] * _scale(channels, 1.0, math.sqrt(2), m)
 
 
 def unpack_symmetric(v: torch.Tensor) -> torch.Tensor:
@@ -119,9 +134,9 @@ def fold_symmetric_weight(w: torch.Tensor) -> torch.Tensor:
     channels = math.isqrt(w.shape[-1])
     if channels < 1 or channels**2 != w.shape[-1]:
         raise ValueError(f"Last size of 'w' must be C * C for some C >= 1, got shape {tuple(w.shape)}.")
-    w = w.unflatten(-1, (channels, channels))
-    row, col = torch.triu_indices(channels, channels, device=w.device)
-    return (w[..., row, col] + w[..., col, row]) * _scale(channels, 0.5, math.sqrt(0.5), w)
+    flat, _, _ = triangle_indices(channels, w.device)
+    transposed = flat % channels * channels + flat // channels
+    return (w[..., flat] + w[..., transposed]) * _scale(channels, 0.5, math.sqrt(0.5), w)
 
 
 def unfold_symmetric_weight(w: torch.Tensor) -> torch.Tensor:

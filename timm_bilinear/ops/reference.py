@@ -1,6 +1,7 @@
 """Bilinear pooling in plain PyTorch: the definition that every fast path is tested against.
 
-Differentiable by autograd (twice), scriptable and exportable. Source: Lin, RoyChowdhury, Maji, 'Bilinear CNNs for
+Differentiable in both modes and any number of times, under the transforms of `torch.func` too; scriptable and
+exportable. Source: Lin, RoyChowdhury, Maji, 'Bilinear CNNs for
 Fine-grained Visual Recognition', https://arxiv.org/abs/1504.07889, sections 3 and 4.
 """
 
@@ -9,7 +10,9 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['bilinear_pool', 'bilinear_classify', 'compute_dtype']
+from .packing import triangle_indices
+
+__all__ = ['bilinear_pool', 'bilinear_classify', 'compute_dtype', 'descriptors', 'norm']
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,9 +20,39 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class _Widen(torch.autograd.Function):
+    """float16 to float32; where float16 cannot hold the gradient it is the largest it can."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad.clamp(-65504.0, 65504.0).half()
+
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor) -> torch.Tensor:
+        return tangent.float()
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    """Features (B, C, N) in the dtype they are multiplied in."""
+    if not torch.jit.is_scripting():
+        if x.dtype == torch.float16 and x.requires_grad:
+            x = _Widen.apply(x)
+    return x.to(compute_dtype(x.dtype)).flatten(2)
+
+
 def _max_locations(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Location of the largest product of every channel pair, (B, Ca, Cb) int64, in bounded memory."""
-    rows = max(1, 4_194_304 // (b.shape[0] * b.shape[1] * b.shape[2]))  # a block holds 16 MiB of float32 products
+    """Location of the largest product of every channel pair, (B, Ca, Cb) int64, in blocks of a few of a's channels."""
+    rows = max(1, 4096 // b.shape[1])  # of no dynamic size, so that exporters can unroll the blocks
     blocks = [(r.unsqueeze(2) * b.unsqueeze(1)).argmax(3) for r in a.detach().split(rows, 1)]
     return torch.cat(blocks, 1)
 
@@ -44,20 +77,41 @@ def _scales(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.Tenso
     return torch.where(huge, largest_a, 1.0), torch.where(huge, largest_b, 1.0)
 
 
+def norm(y: torch.Tensor) -> torch.Tensor:
+    """Lengths (B, 1) of descriptors (B, D), at least 1e-12; all their derivatives are finite, at 0 too."""
+    squares = y.square().sum(1, keepdim=True)
+    return torch.where(squares < 1e-24, 1e-24, squares).sqrt()
+
+
+def _pack(y: torch.Tensor) -> torch.Tensor:
+    """Upper triangle of (B, C, C), off-diagonals times sqrt(2), gathered by an index that is a constant of graphs."""
+    channels = y.shape[1]
+    if torch.jit.is_scripting():
+        row, col = torch.triu_indices(channels, channels, device=y.device).unbind(0)
+        flat, diagonal = row * channels + col, torch.nonzero(row == col).flatten()
+    else:
+        flat, _, diagonal = triangle_indices(channels, y.device)
+    factor = torch.full((flat.shape[0],), 2.0**0.5, dtype=y.dtype, device=y.device)
+    return y.flatten(1).index_select(1, flat) * factor.index_fill(0, diagonal, 1.0)
+
+
 def _unnormalised(
     a: torch.Tensor,
     b: Optional[torch.Tensor],
     pool: str,
     eps: float,
+    scale: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Descriptors before the L2 norm, (B, D), and their norms, (B, 1), both in the compute dtype."""
-    dtype = compute_dtype(a.dtype)
-    a = a.to(dtype).flatten(2)
+    a = _widen(a)
     symmetric = b is None
-    b_ = a if b is None else b.to(dtype).flatten(2)
+    b_ = a if b is None else _widen(b)
 
     # After the L2 norm only eps tells that features were scaled down.
-    scale_a, scale_b = _scales(a, b_)
+    if scale is None:
+        scale_a, scale_b = _scales(a, b_)
+    else:
+        scale_a, scale_b = scale[:, :1].unsqueeze(2), scale[:, 1:].unsqueeze(2)
     a = a / scale_a
     b_ = a if symmetric else b_ / scale_b
     eps_ = (eps / scale_a / scale_b).clamp_min(1e-30)  # sqrt() has no gradient at 0
@@ -66,18 +120,27 @@ def _unnormalised(
     # The gradient at Z = 0 is 0: sign() has none, and the |Z| inside the root is taken with abs(), whose is 0 there.
     y = z.sign() * ((z.abs() + eps_).sqrt() - eps_.sqrt())
     if symmetric:
-        row, col = torch.triu_indices(y.shape[1], y.shape[1], device=y.device).unbind(0)
-        y = y[:, row, col] * (1.0 + (row != col).to(dtype) * (2.0**0.5 - 1.0))
+        y = _pack(y)
     else:
         y = y.flatten(1)
-    norm = torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(1e-12)
-    return y, norm
+    return y, norm(y)
+
+
+def descriptors(
+    a: torch.Tensor,
+    b: Optional[torch.Tensor],
+    pool: str,
+    eps: float,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """Descriptors before the L2 norm, (B, D), of features divided by a `scale` (B, 2) that a fast path has chosen."""
+    return _unnormalised(a, b, pool, eps, scale)[0]
 
 
 def bilinear_pool(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, eps: float) -> torch.Tensor:
     """See `timm_bilinear.ops.bilinear_pool`; arguments are not checked here, autocast must be off."""
-    y, norm = _unnormalised(a, b, pool, eps)
-    return (y / norm).to(a.dtype)
+    y, length = _unnormalised(a, b, pool, eps)
+    return (y / length).to(a.dtype)
 
 
 def bilinear_classify(
@@ -89,8 +152,8 @@ def bilinear_classify(
     eps: float,
 ) -> torch.Tensor:
     """See `timm_bilinear.ops.bilinear_classify`; arguments are not checked here, autocast must be off."""
-    y, norm = _unnormalised(a, b, pool, eps)
-    logits = F.linear(y, weight.to(y.dtype)) / norm
+    y, length = _unnormalised(a, b, pool, eps)
+    logits = F.linear(y, weight.to(y.dtype)) / length
     if bias is not None:
         logits = logits + bias
     return logits.to(a.dtype)

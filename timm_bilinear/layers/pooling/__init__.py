@@ -1,0 +1,14 @@
+from .exact import AvgPooling, ExactPooling, MaxPooling, SumPooling
+from .registry import BilinearPooling, create_pooling, list_poolings, pooling_arguments, register_pooling
+
+__all__ = [
+    'AvgPooling',
+    'BilinearPooling',
+    'ExactPooling',
+    'MaxPooling',
+    'SumPooling',
+    'create_pooling',
+    'list_poolings',
+    'pooling_arguments',
+    'register_pooling',
+]

@@ -1,0 +1,91 @@
+"""Exact bilinear pooling: products of all pairs of channels, over locations averaged, summed or their maximum.
+
+Source: Lin, RoyChowdhury, Maji, 'Bilinear CNNs for Fine-grained Visual Recognition', https://arxiv.org/abs/1504.07889.
+"""
+
+from typing import Annotated, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from ...ops import bilinear_classify, bilinear_pool, descriptor_size, fold_symmetric_weight, reference
+from ..arguments import Bounds
+from .registry import BilinearPooling, register_pooling
+
+__all__ = ['AvgPooling', 'ExactPooling', 'MaxPooling', 'SumPooling']
+
+
+class ExactPooling(BilinearPooling):
+    """Outer product per location, pooled, signed square root, L2 norm; packed if one stream is paired with itself."""
+
+    reduction: str  # over locations
+
+    def __init__(
+        self,
+        in_features: Tuple[int, ...],
+        *,
+        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_features: Channels of one stream or of two.
+            eps: Offset under the signed square root; 1e-10 is the article's, 1e-5 that of the authors' release.
+
+        Raises:
+            ValueError: If there are more than two streams.
+        """
+        super().__init__()
+        if len(in_features) not in (1, 2):
+            raise ValueError(f'Bilinear pooling is of one stream or two, got {len(in_features)}.')
+        self.in_features = tuple(in_features)
+        self.num_features = descriptor_size(*in_features)
+        self.eps = eps
+        self.reduction = type(self).reduction  # an attribute of its own, for TorchScript
+
+    def forward(self, a: torch.Tensor, b: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if torch.jit.is_scripting():  # TorchScript takes neither the ops' keyword-only arguments nor their checks
+            return reference.bilinear_pool(a, b, self.reduction, self.eps)
+        return bilinear_pool(a, b, pool=self.reduction, eps=self.eps)
+
+    def classify(self, maps: Tuple[torch.Tensor, ...], fc: nn.Linear) -> Optional[torch.Tensor]:
+        a, b = maps if len(maps) == 2 else (maps[0], None)
+        return bilinear_classify(
+            a,
+            b,
+            fc.weight,
+            fc.bias,
+            pool=self.reduction,
+            eps=self.eps,
+            recompute=self.grad_checkpointing,
+        )
+
+    def fold_classifier(self, weight: torch.Tensor) -> torch.Tensor:
+        """Fold a full (K, C * C) weight of one stream to a packed one."""
+        is_full = len(self.in_features) == 1 and weight.shape[1] == self.in_features[0] ** 2 != self.num_features
+        return fold_symmetric_weight(weight) if is_full else weight
+
+    def extra_repr(self) -> str:
+        return f'in_features={self.in_features}, num_features={self.num_features}, eps={self.eps:g}'
+
+
+@register_pooling('avg')
+class AvgPooling(ExactPooling):
+    """Mean over locations."""
+
+    reduction = 'avg'
+
+
+@register_pooling('sum')
+class SumPooling(ExactPooling):
+    """Sum over locations."""
+
+    reduction = 'sum'
+
+
+@register_pooling('max')
+class MaxPooling(ExactPooling):
+    """Largest product over locations."""
+
+    reduction = 'max'

@@ -1,0 +1,132 @@
+"""The registry of poolings: everything that takes a pooling by name finds it, and its arguments, here."""
+
+import difflib
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union
+
+import torch
+import torch.nn as nn
+
+from ..arguments import arguments_of, check_arguments
+
+__all__ = ['BilinearPooling', 'create_pooling', 'list_poolings', 'pooling_arguments', 'register_pooling']
+
+
+class BilinearPooling(nn.Module):
+    """Base of poolings: from the feature maps of one or more streams to one descriptor per image.
+
+    A subclass is registered under a name. Its constructor takes the maps' channels and then keyword-only arguments with
+    annotations, whose types and `Bounds` are those of command line and Hub configs too:
+
+        @register_pooling('mine')
+        class MyPooling(BilinearPooling):
+            def __init__(self, in_features, *, rank: Annotated[int, Bounds(1, 512)] = 8, device=None, dtype=None):
+
+    Attributes:
+        num_features: Descriptor size D, set by the subclass.
+        grad_checkpointing: Whether backward should make again what forward could keep.
+    """
+
+    num_features: int
+
+    def __init__(self):
+        super().__init__()
+        self.grad_checkpointing = False
+
+    def forward(self, a: torch.Tensor, b: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """
+        Args:
+            a: (B, Ca, H, W) features of the first stream.
+            b: (B, Cb, H, W) features of the second one on the same grid, if there is one.
+
+        Returns:
+            (B, D) descriptors in the dtype of the features, computed in float32 or wider.
+        """
+        raise RuntimeError(f'{type(self).__name__} has no forward.')
+
+    def classify(self, maps: Tuple[torch.Tensor, ...], fc: nn.Linear) -> Optional[torch.Tensor]:
+        """Logits (B, K) of a plain linear classifier by a fused path, or None: `fc(self(*maps))` is called then."""
+        return None
+
+    def fold_classifier(self, weight: torch.Tensor) -> torch.Tensor:
+        """A checkpoint's classifier weight (K, D'), in this pooling's layout (K, D) where it has another known one."""
+        return weight
+
+
+_poolings: Dict[str, Type[BilinearPooling]] = {}
+_PoolingT = TypeVar('_PoolingT', bound=Type[BilinearPooling])
+
+
+def register_pooling(name: str) -> Callable[[_PoolingT], _PoolingT]:
+    """Class decorator that registers a pooling.
+
+    Args:
+        name: What `create_pooling`, and `pool_type` of head and models, know it by.
+
+    Raises:
+        ValueError: If another class has the name.
+    """
+
+    def register(cls: _PoolingT) -> _PoolingT:
+        known = _poolings.get(name, cls)
+        is_reloaded = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+        if not name or not is_reloaded:
+            raise ValueError(f'Pooling name {name!r} is {"taken" if name else "empty"}.')
+        _poolings[name] = cls
+        return cls
+
+    return register
+
+
+def list_poolings() -> List[str]:
+    """Names of the registered poolings, sorted."""
+    return sorted(_poolings)
+
+
+def _pooling_class(name: str) -> Type[BilinearPooling]:
+    if name not in _poolings:
+        close = difflib.get_close_matches(str(name), _poolings, 1)
+        hint = f' Did you mean {close[0]!r}?' if close else ''
+        raise ValueError(f"'pool_type' must be one of {', '.join(map(repr, _poolings))} or '', got {name!r}.{hint}")
+    return _poolings[name]
+
+
+def pooling_arguments(name: str) -> Dict[str, Any]:
+    """Arguments of a pooling and their annotations, read from its constructor.
+
+    Raises:
+        ValueError: If there is no such pooling.
+    """
+    every = arguments_of(_pooling_class(name))
+    return {k: v for k, v in every.items() if k not in ('in_features', 'device', 'dtype')}
+
+
+def create_pooling(
+    name: str,
+    in_features: Union[int, Tuple[int, ...]],
+    *,
+    device=None,
+    dtype=None,
+    **args,
+) -> BilinearPooling:
+    """Create a pooling.
+
+    Args:
+        name: One of `list_poolings()`.
+        in_features: Channels of each stream's map; one number for one stream.
+        **args: The pooling's own arguments.
+
+    Returns:
+        Module with `num_features`, the descriptor size D, that takes the maps and returns (B, D).
+
+    Raises:
+        TypeError: If the pooling has no such argument, or a value is of the wrong type.
+        ValueError: If there is no such pooling, or a value is out of its bounds.
+    """
+    cls = _pooling_class(name)
+    known = pooling_arguments(name)
+    if unknown := sorted(set(args) - set(known)):
+        takes = f'takes {", ".join(known)}' if known else 'takes none'
+        raise TypeError(f"Pooling '{name}' has no argument '{unknown[0]}'; it {takes}.")
+    check_arguments(cls, args)
+    in_features = (in_features,) if isinstance(in_features, int) else tuple(in_features)
+    return cls(in_features, **args, device=device, dtype=dtype)
