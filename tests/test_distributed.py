@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_steps import steps
+from distributed_steps import WRAPPERS, steps
 
 
-@pytest.mark.parametrize('wrap', ['ddp', 'fsdp2'])
+@pytest.mark.parametrize('wrap', WRAPPERS)
 def test_two_processes_are_one(wrap, tmp_path):
     script = Path(__file__).with_name('distributed_steps.py')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']

@@ -6,6 +6,7 @@ file alone, and its test says which.
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST as CACHED_NO_EXIST  # the cache's note that a repo lacks a file
+from timm.data.dataset_factory import _search_split as search_split  # folder of a split, as training finds it
 from timm.models._builder import _resolve_pretrained_source as resolve_pretrained_source  # where weights come from
 from timm.models._features import (
     FeatureGetterNet,  # features_only of a model by its forward_intermediates
@@ -18,6 +19,7 @@ from timm.models._hub import (
 from timm.models._hub import _get_safe_alternatives as get_safe_alternatives  # what timm prefers to a pickle
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks  # hooks on every module's calls
+from torch.utils._python_dispatch import _disable_current_modes as ordinary_tensors  # no fake ones while exporting
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper_subclass  # DTensor and its like
 
 __all__ = [
@@ -33,7 +35,9 @@ __all__ = [
     'makes_other_tensors',
     'mkldnn_has_bfloat16',
     'mkldnn_linear',
+    'ordinary_tensors',
     'resolve_pretrained_source',
+    'search_split',
     'under_forward_ad',
     'under_transform',
 ]

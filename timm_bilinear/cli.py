@@ -36,8 +36,11 @@ def _benchmark_model(args: argparse.Namespace):
 def _push(args: argparse.Namespace):
     from .hub import push_to_hub
     from .hub.client import file_hashes
+    from .hub.labels import read_label_names
 
     args = vars(args)
+    if args['label_names'] is not None:
+        args['label_names'] = read_label_names(args['label_names'])
     where = push_to_hub(args.pop('checkpoint'), args.pop('repo'), **args)
     if args['dry_run'] is None:
         print(f'Pushed to {where}')
@@ -103,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         '--license', help="the weights' licence as the Hub abbreviates it, e.g. apache-2.0 (default: none named)"
     )
     p.add_argument('--dataset', help='name of the dataset, for the model card')
+    p.add_argument(
+        '--label-names',
+        metavar='FILE',
+        help='class names in the order of the logits, one in each line or as a JSON list (default: those of the run)',
+    )
     p.add_argument('--half', action='store_true', help='store weight matrices in half precision')
     p.add_argument('--commit-message', default='Add model')
     p.add_argument('--dry-run', metavar='DIR', help="write the repo's files into DIR and send nothing")
@@ -139,7 +147,7 @@ def main(argv: Optional[List[str]] = None):
     del args.run
     try:
         run(args)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, TypeError, ValueError) as e:
         sys.exit(f'timm-bilinear: error: {e}')
     except KeyboardInterrupt:
         sys.exit(130)

@@ -19,7 +19,7 @@ from timm_bilinear.tools.finetune import Stage, finetune
 
 __all__ = ['demo']
 
-_WEIGHTS = Path(__file__).parents[1] / 'bcnn_resnet18.googlefonts'
+_WEIGHTS = Path(__file__).parents[1] / 'bcnn_resnet18_c4.googlefonts'
 
 
 def _draw(predictions: List[Tuple[Path, str, float]]) -> Image.Image:
@@ -35,7 +35,7 @@ def _draw(predictions: List[Tuple[Path, str, float]]) -> Image.Image:
 
 
 def demo(output: Union[str, Path] = '.demo', weights: Union[str, Path] = _WEIGHTS) -> float:
-    """Fine-tune `bcnn_resnet18.googlefonts` to tell 12 font families apart, save, load back, test.
+    """Fine-tune `bcnn_resnet18_c4.googlefonts` to tell 12 font families apart, save, load back, test.
 
     Args:
         output: Folder for images and model.

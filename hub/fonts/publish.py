@@ -1,6 +1,6 @@
 """Make the folder that `timm-bilinear push` sends, from a run of train.py: weights, config, card and picture.
 
-python hub/fonts/publish.py run images fonts hub/bcnn_resnet18.googlefonts
+python hub/fonts/publish.py run images fonts hub/bcnn_resnet18_c4.googlefonts
 """
 
 import argparse
@@ -91,7 +91,7 @@ def main():
         full = measure(args.run, args.images)
         push = partial(
             push_to_hub,
-            repo_id='timm-bilinear/bcnn_resnet18.googlefonts',
+            repo_id='timm-bilinear/bcnn_resnet18_c4.googlefonts',
             license='apache-2.0',
             dataset='GoogleFontsBench',
             half=True,

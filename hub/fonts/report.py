@@ -1,6 +1,6 @@
 """Measure a model on the test split of rendered fonts, and draw the fonts it confuses most.
 
-python hub/fonts/report.py hub/bcnn_resnet18.googlefonts images fonts --picture confusions.png
+python hub/fonts/report.py hub/bcnn_resnet18_c4.googlefonts images fonts --picture confusions.png
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train bcnn_resnet18.googlefonts on a folder rendered by build.py.
+"""Train bcnn_resnet18_c4.googlefonts on a folder rendered by build.py.
 
 python hub/fonts/train.py images run
 """
@@ -24,8 +24,7 @@ def main():
         metrics = finetune(
             args.images,
             args.run,
-            model='bcnn_resnet18',
-            model_kwargs=dict(out_index_a=3),
+            model='bcnn_resnet18_c4',
             batch_size=64,
             stages=[Stage(args.epochs, 'adamw', lr=1e-3, head_lr=1e-2, weight_decay=0.05)],
             workers=args.workers,

@@ -81,7 +81,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get('Transfer-Encoding') == 'chunked':
             self.body = self._chunks()
         with self.hub.lock:
-            self.hub.requests.append((self.command, path))
+            if path != '/api/agent-harnesses':  # asked for once a process, for the user agent
+                self.hub.requests.append((self.command, path))
             self.fault = self.hub.take_fault(f'{self.command} {path}')
         try:
             if self.fault == 'reset':
@@ -141,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.body) if self.body[:1] == b'{' and b'\n{' not in self.body else {}
         if path.startswith('/large/'):
             return self.large(path.split('/')[2])
+        if path.startswith('/api/') and not self.hub.has_api:
+            return 404, b'<html>nothing here</html>'
         if path == '/api/validate-yaml':
             return 200, dict(errors=[], warnings=[])
         if path == '/api/whoami-v2':
@@ -213,12 +216,12 @@ class Handler(BaseHTTPRequestHandler):
         if file not in files:
             return 404, {}, dict(X_Error_Code='EntryNotFound', X_Repo_Commit=sha)
         info = describe(file, files[file])
-        headers = dict(X_Repo_Commit=sha, ETag=f'"{info["oid"]}"')
+        headers = dict(X_Repo_Commit=sha, ETag=f'"{self.hub.etag or info["oid"]}"')
         if 'lfs' not in info:
             return 200, files[file], headers
         oid = info['lfs']['oid']
         self.hub.large[oid] = files[file]
-        headers.update(X_Linked_ETag=f'"{oid}"', X_Linked_Size=str(info['size']))
+        headers.update(X_Linked_ETag=f'"{self.hub.etag or oid}"', X_Linked_Size=str(info['size']))
         return 302, b'', dict(headers, Location=f'{self.hub.large_endpoint}/large/{oid}')
 
     def commit(self, name: str, repo: Repo) -> tuple:
@@ -240,7 +243,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class FakeHub:
-    """The server; `endpoint` is what HF_ENDPOINT would name."""
+    """The server; `endpoint` is what HF_ENDPOINT would name.
+
+    A mirror may have ETags of its own (`etag`, of every file) and no API beside the files (`has_api`).
+    """
+
+    etag: Optional[str] = None
+    has_api = True
 
     def __init__(self):
         self.repos: Dict[str, Repo] = {}

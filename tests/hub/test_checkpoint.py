@@ -6,6 +6,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from small_models import create
 from timm.utils import CheckpointSaver, ModelEmaV3, update_summary
 
@@ -18,15 +19,20 @@ MODEL_KWARGS = dict(backbone_a='test_resnet', out_index_a=2, proj_dim=8, eps=1e-
 LABELS = ['ant', 'bee', 'cat']
 
 
+def write_image(path, mode='RGB'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (80, 70)).save(path)
+
+
 def train_script_run(folder, label_names=LABELS, ema=True, **args):
     """What timm's train script leaves in its output folder after two epochs, the first of them better."""
     folder.mkdir()
-    model = create(num_classes=3, **MODEL_KWARGS)
+    model = create(num_classes=3, **MODEL_KWARGS, in_chans=args.get('in_chans') or 3)
     model_ema = ModelEmaV3(model) if ema else None
     with torch.no_grad():
         model.head.fc.weight.add_(1.0)
     for name in label_names:
-        (folder / 'data' / 'train' / name).mkdir(parents=True)
+        write_image(folder / 'data' / 'train' / name / '0.png')
     args = dict(
         dict(
             model='bcnn',
@@ -68,13 +74,70 @@ def test_train_script_checkpoint(tmp_path, ema):
     assert trained.metrics == {'eval_top1': 71.5, 'eval_top5': 99.0}
     assert load_trained(tmp_path / 'run' / 'last.pth.tar').metrics['eval_top1'] == 64.25
     assert trained.data_config['input_size'] == (3, 64, 64) and trained.data_config['crop_pct'] == 0.9
-    assert trained.model.head.eps == 1e-3 and not trained.model.freeze_backbone
+    assert trained.model.head.pool.eps == 1e-3 and not trained.model.freeze_backbone
 
 
 def test_class_map(tmp_path):
     (tmp_path / 'map.txt').write_text('zebra\nyak\nant\n')
     train_script_run(tmp_path / 'run', class_map=str(tmp_path / 'map.txt'))
     assert load_trained(tmp_path / 'run' / 'model_best.pth.tar').label_names == ['zebra', 'yak', 'ant']
+
+
+def test_given_names_come_first(tmp_path):
+    train_script_run(tmp_path / 'run', class_map='gone.txt')
+    checkpoint = tmp_path / 'run' / 'model_best.pth.tar'
+    assert load_trained(checkpoint, ['x', 'y', 'z']).label_names == ['x', 'y', 'z']
+    (tmp_path / 'names.json').write_text('["x", "y", "z"]')
+    args = ['--repo', 'me/m', '--label-names', str(tmp_path / 'names.json'), '--dry-run', str(tmp_path / 'repo')]
+    main(['push', str(checkpoint), *args])
+    assert json.loads((tmp_path / 'repo' / 'config.json').read_text())['label_names'] == ['x', 'y', 'z']
+    main(['push', str(tmp_path / 'repo'), *args[:2], '--dry-run', str(tmp_path / 'again')])
+    with pytest.raises(SystemExit, match='names'):
+        main(['push', str(tmp_path / 'repo'), *args[:4], '--dry-run', str(tmp_path / 'other')])
+
+
+@pytest.mark.parametrize(
+    'text,message', [('x\ny', 'must name 3 classes, got 2'), ('x\n\nz', 'no name for class 1'), (None, 'names')]
+)
+def test_bad_names_end_with_one_line(tmp_path, text, message):
+    train_script_run(tmp_path / 'run')
+    if text is not None:
+        (tmp_path / 'names').write_text(text)
+    args = ['--repo', 'me/m', '--label-names', str(tmp_path / 'names'), '--dry-run', str(tmp_path / 'repo')]
+    with pytest.raises(SystemExit, match=message) as e:
+        main(['push', str(tmp_path / 'run' / 'last.pth.tar'), *args])
+    assert '\n' not in str(e.value) and not (tmp_path / 'repo').exists()
+
+
+@pytest.mark.parametrize('in_chans', [1, 2, 4])
+@pytest.mark.parametrize('mean', [None, [0.5]])
+def test_channels(tmp_path, in_chans, mean):
+    _, model_ema = train_script_run(tmp_path / 'run', in_chans=in_chans, mean=mean)
+    trained = load_trained(tmp_path / 'run' / 'model_best.pth.tar')
+    assert trained.data_config['input_size'] == (in_chans, 64, 64) and len(trained.data_config['mean']) == in_chans
+    folder = timm_bilinear.push_to_hub(tmp_path / 'run' / 'model_best.pth.tar', 'me/x', dry_run=tmp_path / 'repo')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert loaded.pretrained_cfg['input_size'] == (in_chans, 64, 64)
+    x = torch.randn(2, in_chans, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model_ema.module.eval()(x))
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_plain_models_of_the_train_script(tmp_path, name):
+    model = timm.create_model(name, num_classes=3, **(dict(img_size=96) if name == 'test_vit' else {}))
+    args = dict(model=name, img_size=96, data_dir=None)
+    torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**args)), tmp_path / 'last.pth.tar')
+    trained = load_trained(tmp_path / 'last.pth.tar', LABELS)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in trained.model.state_dict().items())
+    assert trained.data_config['input_size'] == (3, 96, 96)
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    train_script_run(tmp_path / 'run', model_kwargs=dict(backbone_a='test_resnet', proj_dim=4))
+    with pytest.raises(ValueError, match=r"'.*last\.pth\.tar' does not fit the model that its arguments make") as e:
+        load_trained(tmp_path / 'run' / 'last.pth.tar')
+    assert '\n' not in str(e.value)
 
 
 def test_missing_class_map(tmp_path):
@@ -119,8 +182,6 @@ def test_dry_run(tmp_path, capsys):
 
 
 def test_usage_of_the_card_works(tmp_path, monkeypatch, capsys):
-    from PIL import Image
-
     train_script_run(tmp_path / 'run')
     repo = timm_bilinear.push_to_hub(tmp_path / 'run' / 'model_best.pth.tar', 'me/insects', dry_run=tmp_path / 'repo')
     code = ModelCard.load(tmp_path / 'repo' / 'README.md').text.split('```python\n')[1].split('```')[0]

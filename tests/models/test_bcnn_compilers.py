@@ -7,6 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from small_models import GRIDS, ONE, TWO, create, images
 
+from timm_bilinear.models.streams import match_grid
+
 pytestmark = pytest.mark.usefixtures('clean_up')
 
 
@@ -49,16 +51,57 @@ def test_export(kwargs):
         torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('kwargs', [ONE, dict(GRIDS, proj_dim=16, pool_type='max')], ids=['one', 'two'])
-def test_onnx(tmp_path, kwargs):
+# Grids that divide one another, and that do not: 6 x 6 and 3 x 3, 5 x 5 and 2 x 2, 5 x 5 and 10 x 10.
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(
+    'kwargs,size,dynamo',
+    [
+        (ONE, 64, False),
+        (ONE, 64, True),
+        (dict(GRIDS, proj_dim=16, pool_type='max'), 96, False),
+        (dict(GRIDS, proj_dim=16, pool_type='max'), 96, True),
+        (dict(GRIDS, proj_dim=16), 80, False),
+        (dict(GRIDS, proj_dim=16), 80, True),
+        (dict(ONE, backbone_b='test_vit'), 160, False),
+    ],
+)
+def test_onnx(tmp_path, kwargs, size, dynamo):
     model = create(**kwargs)
-    x = images(size=64)
     path = str(tmp_path / 'model.onnx')
-    torch.onnx.export(model, (x,), path, dynamo=True, input_names=['image'], verbose=False)
+    batch = {0: torch.export.Dim('batch', min=1, max=64)} if dynamo else {0: 'batch'}
+    options = dict(dynamic_shapes=(batch,), verbose=False) if dynamo else dict(dynamic_axes=dict(image=batch))
+    opset = {} if dynamo else dict(opset_version=17)
+    torch.onnx.export(model, (images(size=size),), path, dynamo=dynamo, input_names=['image'], **options, **opset)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    (logits,) = session.run(None, {'image': x.numpy()})
+    for number in (1, 3):
+        x = images(batch=number, size=size)
+        (logits,) = session.run(None, {'image': x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('grid,other', [((6, 6), (4, 3)), ((5, 8), (7, 3)), ((9, 1), (3, 1)), ((13, 17), (4, 5))])
+def test_exported_pooling_is_adaptive_pooling(grid, other):
+    class Match(nn.Module):
+        def forward(self, a, b):
+            return match_grid(a, b)
+
+    a, b = torch.randn(2, 3, *grid), torch.randn(2, 4, *other)
+    expected = F.adaptive_avg_pool2d(a, [min(s) for s in zip(grid, other)])
+    program = torch.export.export(Match(), (a, b))
+    assert not [n for n in program.graph.nodes if 'adaptive' in str(n.target)]
+    torch.testing.assert_close(program.module()(a, b), expected)
+    assert torch.equal(match_grid(a, b), expected)
+
+
+def test_export_with_any_size():
+    # Grids that are not known stay adaptive.
+    model = create(**dict(GRIDS, proj_dim=16))
+    sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(model, (images(size=96),), dynamic_shapes=(sizes,))
+    x = images(batch=3, size=96)
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(logits), model(x), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')

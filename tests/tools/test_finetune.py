@@ -181,6 +181,34 @@ def test_other_models_for_comparison(data, tmp_path):
     assert model.get_classifier().out_features == 2 and model.pretrained_cfg['input_size'] == (3, 32, 32)
 
 
+@pytest.mark.parametrize('in_chans,mode', [(1, 'L'), (2, 'LA'), (4, 'RGBA')])
+@pytest.mark.parametrize('model', ['bcnn', 'test_resnet'])
+def test_channels(data, tmp_path, monkeypatch, model, in_chans, mode):
+    create_loaders, modes = module._create_loaders, []
+
+    def record(datasets, *args):
+        modes.extend(dataset[0][0].mode for dataset in datasets.values())
+        return create_loaders(datasets, *args)
+
+    monkeypatch.setattr(module, '_create_loaders', record)
+    model_kwargs = dict(SMALL['model_kwargs'] if model == 'bcnn' else {}, in_chans=in_chans)
+    kwargs = dict(SMALL, model=model, model_kwargs=model_kwargs, pretrained=False, epochs=1, workers=0)
+    finetune(data, tmp_path / 'out', train_size=24, **kwargs)
+    assert modes == [mode] * 3
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert loaded.in_chans == in_chans and loaded.pretrained_cfg['input_size'] == (in_chans, 32, 32)
+    assert len(loaded.pretrained_cfg['mean']) == len(loaded.pretrained_cfg['std']) == in_chans
+    for key, value in _weights(tmp_path / 'out').items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_no_images_of_so_many_channels(data, tmp_path):
+    kwargs = dict(SMALL, model_kwargs=dict(SMALL['model_kwargs'], in_chans=5), pretrained=False)
+    with pytest.raises(ValueError, match='1 to 4 channels, the model wants 5'):
+        finetune(data, tmp_path / 'out', **kwargs)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_diverged_loss(data, tmp_path):
     stages = [Stage(1, 'sgd', lr=1e30, head_lr=1e30, weight_decay=0.0)]
     with pytest.raises((RuntimeError, ValueError), match=r'loss became|must be finite'):

@@ -6,17 +6,17 @@ import json
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import timm
 import torch
 import yaml
 from safetensors import SafetensorError
-from timm.data import resolve_data_config, resolve_model_data_config
-from timm.data.readers.class_map import load_class_map
-from timm.models import clean_state_dict
-from timm.utils import natural_key
+from timm.data import resolve_input_data_config
+from timm.models import clean_state_dict, resolve_model_input_args
 from torch import nn
+
+from .labels import class_names
 
 __all__ = ['Trained', 'load_trained']
 
@@ -52,36 +52,20 @@ def _summary_row(folder: Path, epoch: Optional[int], metric: str) -> Dict[str, f
     return {key: float(row[key]) for key in ('eval_top1', 'eval_top5') if row.get(key)}
 
 
-def _label_names(args: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
-    """Class names of a run of timm's train script: its class map, or the folders it was trained on."""
-    if args.get('class_map'):
-        try:
-            names = load_class_map(args['class_map'], args.get('data_dir') or '')
-        except AssertionError as e:  # timm's, of a missing file or an unknown format
-            raise ValueError(f"The class map '{args['class_map']}' of the run cannot be read: {e}.") from None
-        names = sorted(names, key=names.get)
-    else:
-        folder = Path(args.get('data_dir') or args.get('data') or '.') / (args.get('train_split') or 'train')
-        if not folder.is_dir():
-            return None
-        names = sorted((d.name for d in folder.iterdir() if d.is_dir()), key=natural_key)
-    return names if len(names) == num_classes else None
-
-
-def _load_folder(folder: Path) -> Trained:
+def _load_folder(folder: Path, label_names: Optional[List[str]]) -> Trained:
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     except SafetensorError as e:
         raise ValueError(f"'{folder / 'model.safetensors'}' cannot be read ({e}).") from e
-    names = model.pretrained_cfg.get('label_names')
+    names = label_names or model.pretrained_cfg.get('label_names')
     metrics = _summary_row(folder, None, 'top1')
     if (folder / 'results.json').is_file():  # of finetune
         results = json.loads((folder / 'results.json').read_text())
         metrics.update({key: results[key] for key in ('test_top1',) if key in results})
-    return Trained(model, list(names) if names else None, resolve_model_data_config(model), metrics, _read_args(folder))
+    return Trained(model, list(names) if names else None, resolve_input_data_config(model), metrics, _read_args(folder))
 
 
-def _load_file(path: Path) -> Trained:
+def _load_file(path: Path, label_names: Optional[List[str]]) -> Trained:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -94,33 +78,37 @@ def _load_file(path: Path) -> Trained:
         raise ValueError(f"'{path}' is not a checkpoint of timm's train script: it has no state_dict, or no arguments.")
 
     state_dict = clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
-    if 'head.fc.weight' not in state_dict:
-        raise ValueError(f"'{path}' has no classifier (head.fc.weight).")
-    kwargs = dict(args.get('model_kwargs') or {})
+    kwargs = dict(args.get('model_kwargs') or {}, global_pool=args.get('gp') or None)
     kwargs.pop('freeze_backbone', None)
-    if args.get('gp'):
-        kwargs['global_pool'] = args['gp']
-    if args.get('in_chans'):
-        kwargs['in_chans'] = args['in_chans']
-    model = timm.create_model(args['model'], num_classes=len(state_dict['head.fc.weight']), **kwargs)
-    model.load_state_dict(state_dict)
+    # as the train script makes the model, for its --in-chans, --img-size and --input-size
+    model_args = resolve_model_input_args(args['model'], args, **kwargs)
+    classifier = model_args['pretrained_cfg'].get('classifier')
+    if f'{classifier}.weight' not in state_dict:
+        raise ValueError(f"'{path}' has no classifier ({classifier}.weight).")
+    model = timm.create_model(**model_args, num_classes=len(state_dict[f'{classifier}.weight']))
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as e:
+        problem = str(e).splitlines()[-1].strip()
+        raise ValueError(f"'{path}' does not fit the model that its arguments make: {problem}") from e
 
     metric = args.get('eval_metric') or 'top1'
     return Trained(
         model,
-        _label_names(args, model.num_classes),
-        resolve_data_config(args, model=model),
+        label_names or class_names(args, path, model.num_classes),
+        resolve_input_data_config(model, args),
         _summary_row(path.parent, checkpoint.get('epoch'), metric),
         args,
     )
 
 
-def load_trained(path: Union[str, Path]) -> Trained:
+def load_trained(path: Union[str, Path], label_names: Optional[Sequence[str]] = None) -> Trained:
     """Load a model from what training has written.
 
     Args:
         path: Folder of `finetune` (or any in the Hub's layout), or a checkpoint file of timm's train script, whose EMA
             weights are taken if it has them, and whose args.yaml and summary.csv lie beside it.
+        label_names: Class names in the order of the logits; None for those of the folder, or of the data trained on.
 
     Returns:
         Model and what is known about it.
@@ -130,10 +118,11 @@ def load_trained(path: Union[str, Path]) -> Trained:
         ValueError: If it is no such folder or file.
     """
     path = Path(path)
+    names = list(label_names) if label_names else None
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint '{path}'.")
     if path.is_file():
-        return _load_file(path)
+        return _load_file(path, names)
     if not (path / 'config.json').is_file():
         raise ValueError(f"'{path}' has no config.json; give a folder of finetune, or a file of timm's train script.")
-    return _load_folder(path)
+    return _load_folder(path, names)

@@ -1,106 +1,19 @@
-"""What the Hugging Face Hub's client leaves out: a second try, a check of what was received, one sentence."""
+"""What of the Hugging Face Hub a push uses: a folder is sent, again after faults, and compared to what arrived."""
 
-import errno
 import hashlib
-import importlib
-import logging
-import time
+import importlib.util
 from pathlib import Path
-from typing import Callable, Optional, TypeVar, Union
+from typing import List, Tuple, Union
 
-import timm
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from timm.models import _hub as timm_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
-from .._compat import CACHED_NO_EXIST
+from ..models.download import describe, retry
 
-__all__ = ['MissingFileError', 'UnavailableError', 'describe', 'download', 'file_hashes', 'is_transient', 'retry']
-
-_logger = logging.getLogger(__name__)
-_http = importlib.import_module(HTTPError.__module__.partition('.')[0])  # httpx or its successor
-_Result = TypeVar('_Result')
-
-# Seconds between tries.
-WAITS = (0.5, 1.0, 2.0, 4.0)
-
-_ADVICE = (
-    "check the repo's name and the network, set HF_ENDPOINT to a mirror or HF_HUB_OFFLINE=1 to use files cached"
-    ' earlier, or create the model with pretrained=False'
-)
+__all__ = ['file_hashes', 'upload']
 
 
-class MissingFileError(RuntimeError, EntryNotFoundError):
-    """The repo is there and lacks the file. An `EntryNotFoundError` for timm, which then looks for other names."""
-
-
-class UnavailableError(RuntimeError):
-    """The Hub does not give the file, for a reason other than that the repo lacks it."""
-
-
-class _CorruptFileError(OSError):
-    pass
-
-
-def _status(error: BaseException) -> Optional[int]:
-    return getattr(getattr(error, 'response', None), 'status_code', None)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether another try may get past an error: the server's bad moment, a broken connection, damaged bytes.
-
-    Not so a connection that cannot be made at all: the client has tried that for long enough.
-    """
-    if isinstance(error, LocalEntryNotFoundError):  # the client's wrapper of what happened before
-        return error.__cause__ is not None and is_transient(error.__cause__)
-    if isinstance(error, (OfflineModeIsEnabled, _http.ConnectError)):
-        return False
-    if _status(error) is not None:
-        return _status(error) == 429 or _status(error) >= 500
-    return isinstance(error, (_CorruptFileError, HTTPError, ConnectionError, TimeoutError))
-
-
-def retry(what: str, run: Callable[[], _Result]) -> _Result:
-    """Run, and run again after transient errors, with growing waits; the last error is raised as it is."""
-    for wait in WAITS:
-        try:
-            return run()
-        except Exception as e:
-            if not is_transient(e):
-                raise
-            _logger.warning(f'{what}: {describe(e)}; trying again in {wait:.1f} s.')
-            time.sleep(wait)
-    return run()
-
-
-def describe(error: BaseException) -> str:
-    """Cause of an error of the Hub's client in a few words."""
-    if isinstance(error, GatedRepoError):
-        return 'its owner grants access on request; ask for it on its page and log in (hf auth login)'
-    if isinstance(error, RepositoryNotFoundError):
-        return 'there is no such repo, or it is private and HF_TOKEN has no access'
-    if isinstance(error, RevisionNotFoundError):
-        return 'the repo has no such revision'
-    if _status(error) == 401:
-        return 'HF_TOKEN is missing or wrong (401)'
-    if _status(error) == 403:
-        return 'access is forbidden (403); HF_TOKEN may lack the permission'
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None and _status(error.__cause__):
-        return describe(error.__cause__)
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return 'the Hub cannot be reached, or HF_HUB_OFFLINE is set, and the file is not in the cache'
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
-
-
-def file_hashes(path: Union[str, Path]) -> tuple:
+def file_hashes(path: Union[str, Path]) -> Tuple[str, str]:
     """Hashes by which the Hub names a file.
 
     Returns:
@@ -115,73 +28,63 @@ def file_hashes(path: Union[str, Path]) -> tuple:
     return sha256.hexdigest(), sha1.hexdigest()
 
 
-def _check(path: Path):
-    """Compare a file in the cache to the hash that names it there; a damaged one is removed.
-
-    Raises:
-        _CorruptFileError: If it is damaged.
-    """
-    blob = path.resolve()
-    if blob == path.absolute() or len(blob.name) not in (40, 64):
-        return  # a cache without links: the hash is not kept
-    if blob.name not in file_hashes(blob):
-        path.unlink(missing_ok=True)
-        blob.unlink(missing_ok=True)
-        raise _CorruptFileError('the bytes received are not those of the Hub (their hash differs); they were not kept')
+def _different(api: HfApi, repo_id: str, directory: Path) -> List[str]:
+    """Names of the files whose content on the Hub, by its hashes, is not that of the folder."""
+    paths = sorted(directory.iterdir())
+    there = {info.path: info for info in api.get_paths_info(repo_id, [path.name for path in paths])}
+    different = []
+    for path in paths:
+        sha256, blob_id = file_hashes(path)
+        info = there.get(path.name)
+        if info is None or (info.lfs.sha256 != sha256 if info.lfs else info.blob_id != blob_id):
+            different.append(path.name)
+    return different
 
 
-def download(
-    repo_id: str,
-    filename: str,
-    revision: Optional[str] = None,
-    cache_dir: Optional[Union[str, Path]] = None,
-    **kwargs,
-) -> str:
-    """`huggingface_hub.hf_hub_download` that survives a bad moment and checks what it got.
+def upload(api: HfApi, repo_id: str, directory: Path, private: bool, commit_message: str) -> str:
+    """Send a folder, in one commit, and compare what is on the Hub then to it.
 
     Args:
-        repo_id: Repo, 'owner/name'.
-        filename: Path in it.
-        revision: Branch, tag or commit.
-        cache_dir: Cache folder, the client's default if None.
-        **kwargs: For `hf_hub_download`.
+        api: The Hub's client.
+        repo_id: Hub repo, 'owner/name'; created if it is not there.
+        directory: Folder of files.
+        private: Create it private.
+        commit_message: Message of the commit.
 
     Returns:
-        Path of the file in the cache, whose hash is the Hub's.
+        URL of the repo.
 
     Raises:
-        MissingFileError: If the repo has no such file.
-        UnavailableError: If the Hub does not give it otherwise: which file, why and what to do, in one sentence.
-        RuntimeError: If the disk is full.
+        RuntimeError: If the Hub does not take it, or has a public repo where a private one is asked for: why, in one
+            sentence.
     """
-    kwargs = dict(library_name='timm', library_version=timm.__version__, **kwargs)
-    where = f"{filename} of the Hugging Face Hub repo '{repo_id}'"
 
-    def run() -> str:
-        path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, **kwargs)
-        _check(Path(path))
-        return path
+    def is_public() -> bool:
+        try:
+            return not api.model_info(repo_id).private
+        except RepositoryNotFoundError:
+            return False
 
+    def commit():
+        # What is there already, maybe by a commit whose answer was lost, is not sent again.
+        if _different(api, repo_id, directory):
+            api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
+
+    what = f"Push to '{repo_id}'"
     try:
-        return retry(where, run)
-    except LocalEntryNotFoundError as e:
-        error: BaseException = e
-        if try_to_load_from_cache(repo_id, filename, cache_dir, revision) is CACHED_NO_EXIST:
-            raise MissingFileError(f'There is no {where}.') from None
-    except EntryNotFoundError:
-        raise MissingFileError(f'There is no {where}; check its name and revision ({revision or "main"}).') from None
-    except (HTTPError, OSError) as e:
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            cache = cache_dir or constants.HF_HUB_CACHE
-            raise RuntimeError(
-                f"No space left for {where} in the cache '{cache}'; free some, or choose another by HF_HOME."
-            ) from None
-        if not isinstance(e, (HTTPError, ConnectionError, TimeoutError, _CorruptFileError)):
-            raise
-        error = e
-    raise UnavailableError(f'Could not get {where}: {describe(error)}; {_ADVICE}.') from None
-
-
-# timm looks the client's function up here for every file it takes from the Hub. Without this, one 503 ends
-# `create_model`, damaged weights load, and a 403 on model.safetensors makes it load pickled weights instead.
-timm_hub.hf_hub_download = download
+        is_exposed = private and retry(what, is_public)  # which creating it again would not change
+        if not is_exposed:
+            url = retry(what, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            retry(what, commit)
+            different = retry(what, lambda: _different(api, repo_id, directory))
+    except Exception as e:
+        hint = ''
+        if importlib.util.find_spec('hf_xet') is not None and not constants.HF_HUB_DISABLE_XET:
+            hint = ' If this Hub has no Xet storage, set HF_HUB_DISABLE_XET=1.'
+        raise RuntimeError(f"Could not push to the Hugging Face Hub repo '{repo_id}': {describe(e)}.{hint}") from e
+    if is_exposed:
+        hint = 'make it private on its page, or choose another name'
+        raise RuntimeError(f"The Hugging Face Hub repo '{repo_id}' is there and public: nothing was sent; {hint}.")
+    if different:
+        raise RuntimeError(f"Not what was sent is on the Hub in '{repo_id}': {', '.join(different)}. Push again.")
+    return str(url)

@@ -12,6 +12,7 @@ from typing import (
     Annotated,
     Any,
     Dict,
+    Iterator,
     List,
     Literal,
     Mapping,
@@ -23,12 +24,22 @@ from typing import (
     get_type_hints,
 )
 
-__all__ = ['Bounds', 'Runtime', 'argument_problem', 'arguments_of', 'check_arguments', 'runtime_arguments']
+__all__ = [
+    'Bounds',
+    'Internal',
+    'Runtime',
+    'argument_problem',
+    'arguments_of',
+    'check_arguments',
+    'describe_argument',
+    'is_marked',
+    'runtime_arguments',
+]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Range of a number, or of every number of a tuple.
+    """Range of a number, or of every number within a tuple, list or dict.
 
     Args:
         least: Smallest value.
@@ -55,6 +66,10 @@ class Runtime:
     """Marks an argument that says how a model is made or trained, not what it is, and so is not saved with it."""
 
 
+class Internal(Runtime):
+    """Marks a runtime argument that a config, which anybody may have written, has no say in."""
+
+
 def arguments_of(cls: Type) -> Dict[str, Any]:
     """Named arguments of a constructor and their annotations, with the metadata of `Annotated`.
 
@@ -66,9 +81,14 @@ def arguments_of(cls: Type) -> Dict[str, Any]:
     return {p.name: hints.get(p.name, Any) for p in parameters if p.kind in named}
 
 
+def is_marked(annotation: Any, mark: Type) -> bool:
+    """Whether an argument's annotation has a mark, `Runtime` or `Internal`."""
+    return any(isinstance(m, type) and issubclass(m, mark) for m in getattr(annotation, '__metadata__', ()))
+
+
 def runtime_arguments(cls: Type) -> List[str]:
-    """Names of a constructor's arguments that are marked `Runtime`."""
-    return [k for k, v in arguments_of(cls).items() if any(m is Runtime for m in getattr(v, '__metadata__', ()))]
+    """Names of a constructor's arguments that are not saved."""
+    return [name for name, annotation in arguments_of(cls).items() if is_marked(annotation, Runtime)]
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -107,6 +127,15 @@ def _describe(kind: Any) -> str:
     return 'None' if kind is type(None) else names.get(origin or kind, getattr(kind, '__name__', str(kind)))
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    """The number that a value is, or those within a tuple, list or dict."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+
+
 def argument_problem(annotation: Any, value: Any) -> Optional[str]:
     """What is wrong with the value of an argument.
 
@@ -120,12 +149,23 @@ def argument_problem(annotation: Any, value: Any) -> Optional[str]:
     kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if not _is_a(value, kind):
         return f'must be {_describe(kind)}'
-    numbers = value if isinstance(value, (list, tuple)) else [value]
     for bounds in (m for m in metadata if isinstance(m, Bounds)):
-        for x in numbers:
-            if isinstance(x, (int, float)) and (problem := bounds.problem(x)):
+        for x in _numbers(value):
+            if problem := bounds.problem(x):
                 return problem
     return None
+
+
+def describe_argument(cls: Type, name: str) -> str:
+    """An argument for documentation: its name, type, bounds and default."""
+    annotation = arguments_of(cls)[name]
+    kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    limits = []
+    for bounds in (m for m in metadata if isinstance(m, Bounds)):
+        named = (('above', bounds.above), ('from', bounds.least), ('to', bounds.most))
+        limits += [f'{word} {limit:g}' for word, limit in named if math.isfinite(limit)]
+    default = inspect.signature(cls.__init__).parameters[name].default
+    return f'`{name}={default!r}`: {" ".join([_describe(kind), *limits])}'
 
 
 def check_arguments(cls: Type, values: Mapping[str, Any]):

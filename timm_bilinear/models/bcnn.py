@@ -6,223 +6,57 @@ root, L2 norm, linear classifier.
 Paper: `Bilinear CNNs for Fine-grained Visual Recognition` - https://arxiv.org/abs/1504.07889
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
-import torch
-import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
-from .._compat import FeatureGetterNet, feature_take_indices
-from ..layers import BilinearHead
-from .pretrained import HUB_OWNER, check_hub_config, checkpoint_filter_fn, hub_errors
-from .streams import concat_streams, create_stream, first_convs, input_config, is_nhwc, layer_ids, pair_levels
+from .._compat import FeatureGetterNet
+from .bilinear_cnn import BilinearCNN
+from .hub_config import check_hub_config
+from .pretrained import HUB_OWNER, checkpoint_filter_fn, fetch_weights
+from .streams import input_config
 
 __all__ = ['BilinearCNN']
 
 
-class BilinearCNN(nn.Module):
-    """Bilinear CNN on timm backbones."""
-
-    def __init__(
-        self,
-        backbone_a: str = 'resnet18',
-        backbone_b: Optional[str] = None,
-        out_index_a: int = -1,
-        out_index_b: int = -1,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        img_size: Optional[Union[int, Tuple[int, int]]] = None,
-        pool_type: str = 'avg',
-        global_pool: Optional[str] = None,
-        eps: float = 1e-10,
-        proj_dim: Optional[int] = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: Optional[float] = None,
-        freeze_backbone: bool = False,
-        pretrained_streams: bool = False,
-        all_levels: bool = False,
-        cache_dir: Optional[Union[str, Path]] = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        """
-        Args:
-            backbone_a: timm model name of stream a, with or without tag.
-            backbone_b: timm model name of stream b; None to pair stream a with itself.
-            out_index_a: Feature level at which stream a ends, an index of timm's `feature_info`.
-            out_index_b: Feature level at which stream b ends.
-            num_classes: Number of classes, 0 for descriptors.
-            in_chans: Number of input channels.
-            img_size: Input size for backbones that are built for one size.
-            pool_type: Pooling of the outer products: 'avg', 'sum', 'max', or '' for the feature map itself.
-            global_pool: timm's name for `pool_type`, which it overrides.
-            eps: Offset under the signed square root; 1e-10 is the article's, 1e-5 that of the authors' release.
-            proj_dim: Project streams with more channels to this many by a 1x1 convolution.
-            drop_rate: Dropout rate of the descriptor.
-            drop_path_rate: Stochastic depth rate of the streams; None leaves the backbones' defaults.
-            freeze_backbone: Streams get no gradients and stay in eval mode: the first of B-CNN's two training stages.
-            pretrained_streams: Load the backbones' own timm weights into the streams.
-            all_levels: Streams return all their feature levels (for `features_only`).
-            cache_dir: Cache folder of the backbones' weights.
-        """
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-
-        kwargs = dict(
-            all_levels=all_levels,
-            pretrained=pretrained_streams,
-            cache_dir=cache_dir,
-            in_chans=in_chans,
-            img_size=img_size,
-            drop_path_rate=drop_path_rate,
-            **dd,
-        )
-        self.stream_a = create_stream('backbone_a', backbone_a, out_index_a, **kwargs)
-        self.stream_b = create_stream('backbone_b', backbone_b, out_index_b, **kwargs) if backbone_b else None
-        self.nhwc_a = is_nhwc(self.stream_a)
-        self.nhwc_b = self.stream_b is not None and is_nhwc(self.stream_b)
-        convs = [conv for name, stream in self.named_children() for conv in first_convs(name, stream)]
-        self._traits = {'first_conv': tuple(convs)}
-
-        channels_a = self.stream_a.feature_info.channels()[-1]
-        channels_b = None if self.stream_b is None else self.stream_b.feature_info.channels()[-1]
-        self.levels, self.feature_info = pair_levels(self.stream_a, self.stream_b)
-        self.num_features = channels_a + (channels_b or 0)
-        self.head = BilinearHead(
-            channels_a,
-            num_classes,
-            in_features_b=channels_b,
-            pool_type=pool_type if global_pool is None else global_pool,
-            eps=eps,
-            proj_dim=proj_dim,
-            drop_rate=drop_rate,
-            **dd,
-        )
-        self.head_hidden_size = self.head.num_features
-        self.freeze_backbone = False
-        if freeze_backbone:
-            self.set_freeze_backbone()
-
-    def _streams(self) -> List[nn.Module]:
-        return [s for s in (self.stream_a, self.stream_b) if s is not None]
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if self.freeze_backbone:
-            for stream in self._streams():
-                stream.eval()
-        return self
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        ids = layer_ids('stream_a', self.stream_a, coarse)
-        if self.stream_b is not None:
-            ids.update(layer_ids('stream_b', self.stream_b, coarse))
-        return lambda name: ids.get(name, float('inf'))
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stream in self._streams():
-            if not hasattr(stream, 'set_grad_checkpointing'):
-                stream = stream.model  # FeatureGetterNet
-            stream.set_grad_checkpointing(enable)
-        self.head.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def set_freeze_backbone(self, enable: bool = True) -> None:
-        self.freeze_backbone = enable
-        for stream in self._streams():
-            stream.requires_grad_(not enable)
-        self.train(self.training)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-        self.num_classes = num_classes
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward features that returns intermediates.
-
-        Args:
-            x: (B, in_chans, H, W) images.
-            indices: Take last n levels if int, all if None, select matching indices if sequence.
-            norm, stop_early: Unused, streams have no final norm and end at their last level.
-            output_fmt: Must be 'NCHW'.
-            intermediates_only: Only return intermediate features.
-
-        Returns:
-            Features and list of intermediate features or just intermediate features; two streams as in the features.
-        """
-        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
-        take_indices, _ = feature_take_indices(len(self.levels), indices)
-        maps_a = self._maps(self.stream_a(x), self.nhwc_a)
-        if self.stream_b is None:
-            maps = maps_a
-        else:
-            maps_b = self._maps(self.stream_b(x), self.nhwc_b)
-            maps = [concat_streams(maps_a[i], maps_b[j]) for i, j in self.levels]
-        intermediates = [maps[i] for i in take_indices]
-        return intermediates if intermediates_only else (maps[-1], intermediates)
-
-    def prune_intermediate_layers(
-        self,
-        indices: Union[int, List[int]] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> List[int]:
-        """Prune layers not required for specified intermediates: the head; streams are built to their last level."""
-        take_indices, _ = feature_take_indices(len(self.levels), indices)
-        if prune_head:
-            self.reset_classifier(0, '')
-            self.head.proj_a = nn.Identity()
-            self.head.proj_b = None
-        return take_indices
-
-    def _maps(self, maps: List[torch.Tensor], nhwc: bool) -> List[torch.Tensor]:
-        return [x.permute(0, 3, 1, 2) for x in maps] if nhwc else maps
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: (B, in_chans, H, W) images.
-
-        Returns:
-            (B, num_features, h, w) features; two streams: channels of a then b, on the coarser grid.
-        """
-        a = self._maps(self.stream_a(x), self.nhwc_a)[-1]
-        if self.stream_b is None:
-            return a
-        return concat_streams(a, self._maps(self.stream_b(x), self.nhwc_b)[-1])
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
-
-
 def _features(model: BilinearCNN, out_indices: Optional[Union[int, List[int]]] = None, **kwargs) -> FeatureGetterNet:
     return FeatureGetterNet(model, len(model.feature_info) if out_indices is None else out_indices, **kwargs)
+
+
+def _resolve_cfg(
+    variant: str,
+    pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]],
+    overlay: Optional[Dict[str, Any]],
+    **kwargs,
+) -> PretrainedCfg:
+    """Config of a model, by tag, as an object, a dict of one, or none.
+
+    Raises:
+        RuntimeError: If it belongs to another architecture, or there is no such tag.
+    """
+    overlay = dict(overlay or {})
+    if isinstance(pretrained_cfg, str) and pretrained_cfg not in default_cfgs[variant].cfgs:
+        arch = next((arch for arch, cfg in default_cfgs.items() if pretrained_cfg in cfg.cfgs), None)
+        if arch is not None:
+            raise RuntimeError(f"The tag '{pretrained_cfg}' is not one of {variant}: use '{arch}.{pretrained_cfg}'.")
+    if variant == 'bcnn' and not pretrained_cfg:
+        overlay = dict(input_config(**kwargs), **overlay)
+    if kwargs.get('backbone_args') or kwargs.get('backbone_args_b'):
+        overlay.setdefault('pool_size', None)  # a stride may be among them
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if cfg.architecture != variant and cfg.architecture in default_cfgs:
+        raise RuntimeError(f"The config is one of {cfg.architecture}, not of {variant}: use '{cfg.architecture}'.")
+    return replace(cfg, architecture=variant)
 
 
 def _create_bcnn(
@@ -238,28 +72,29 @@ def _create_bcnn(
     Without a tag or another source, `pretrained` means the backbones' own weights and a fresh classifier; otherwise
     complete weights.
     """
-    overlay = dict(pretrained_cfg_overlay or {})
-    if variant == 'bcnn' and not isinstance(pretrained_cfg, dict):
-        overlay = dict(input_config(**kwargs), **overlay)
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    is_own = cfg.hf_hub_id != default_cfgs[variant].default.hf_hub_id
+    cfg = _resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, **kwargs)
+    is_own = cfg.hf_hub_id not in (None, default_cfgs[variant].default.hf_hub_id)
     complete = any((is_own, cfg.source, cfg.tag, cfg.url, cfg.file, cfg.state_dict))
     out_indices = kwargs.pop('out_indices', None)
     features_only = kwargs.pop('features_only', False)
+    if features_only:
+        kwargs['num_classes'] = 0  # a classifier would be built to be thrown away
     streams = dict(pretrained_streams=pretrained and not complete, all_levels=features_only, cache_dir=cache_dir)
     check_hub_config(cfg, cache_dir)
-    with hub_errors(cfg.hf_hub_id):
-        return build_model_with_cfg(
-            partial(BilinearCNN, **streams),
-            variant,
-            pretrained and complete,
-            pretrained_cfg=cfg.to_dict(remove_null=False),
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(feature_cls=_features, out_indices=out_indices),
-            cache_dir=cache_dir,
-            features_only=features_only,
-            **kwargs,
-        )
+    fetched = fetch_weights(cfg, cache_dir) if pretrained and complete else {}
+    model = build_model_with_cfg(
+        partial(BilinearCNN, **streams),
+        variant,
+        pretrained and complete,
+        pretrained_cfg=dict(cfg.to_dict(remove_null=False), **fetched),
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(feature_cls=_features, out_indices=out_indices),
+        cache_dir=cache_dir,
+        features_only=features_only,
+        **kwargs,
+    )
+    model.pretrained_cfg['hf_hub_id'] = cfg.hf_hub_id  # as asked for, not the commit that was taken
+    return model
 
 
 def _cfg(hf_hub_id: Optional[str], first_conv: Union[str, Tuple[str, ...]], **kwargs) -> Dict[str, Any]:
@@ -289,9 +124,14 @@ default_cfgs = generate_default_cfgs(
         'bcnn_vgg16_bn': _cfg('timm/vgg16_bn.tv_in1k', 'stream_a.features_0', **_VGG),
         'bcnn_vgg19': _cfg('timm/vgg19.tv_in1k', 'stream_a.features_0', **_VGG),
         'bcnn_resnet18': _cfg('timm/resnet18.a1_in1k', 'stream_a.conv1'),
+        'bcnn_resnet18_c4': _cfg('timm/resnet18.a1_in1k', 'stream_a.conv1', pool_size=(28, 28)),
         # 378 fonts of 32 families: hub/fonts, docs/fonts.md
-        'bcnn_resnet18.googlefonts': _cfg(
-            f'{HUB_OWNER}/bcnn_resnet18.googlefonts', 'stream_a.conv1', num_classes=378, input_size=(3, 224, 224)
+        'bcnn_resnet18_c4.googlefonts': _cfg(
+            f'{HUB_OWNER}/bcnn_resnet18_c4.googlefonts',
+            'stream_a.conv1',
+            num_classes=378,
+            input_size=(3, 224, 224),
+            pool_size=(14, 14),
         ),
         'bcnn_resnet34': _cfg('timm/resnet34.a1_in1k', 'stream_a.conv1'),
         'bcnn_resnet50': _cfg('timm/resnet50.a1_in1k', 'stream_a.conv1'),
@@ -331,9 +171,16 @@ def bcnn_vgg19(pretrained: bool = False, **kwargs) -> BilinearCNN:
 
 @register_model
 def bcnn_resnet18(pretrained: bool = False, **kwargs) -> BilinearCNN:
-    """Bilinear CNN of ResNet-18 layer4 with itself; the tag googlefonts ends at layer3."""
-    model_args = dict(backbone_a='resnet18', out_index_a=3 if kwargs.get('pretrained_cfg') == 'googlefonts' else 4)
+    """Bilinear CNN of ResNet-18 layer4 with itself."""
+    model_args = dict(backbone_a='resnet18', out_index_a=4)
     return _create_bcnn('bcnn_resnet18', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bcnn_resnet18_c4(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """Bilinear CNN of ResNet-18 layer3, which ends stage C4, with itself."""
+    model_args = dict(backbone_a='resnet18', out_index_a=3)
+    return _create_bcnn('bcnn_resnet18_c4', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -1,21 +1,17 @@
 """Pretrained weights: the one checkpoint filter, and what is believed of a config from the Hub."""
 
-import json
 import re
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
-from huggingface_hub import hf_hub_download
-from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
 from .._compat import hf_split
-from ..hub.client import MissingFileError, UnavailableError
-from ..ops import fold_symmetric_weight
+from .download import UnavailableError, prefetch
 
-__all__ = ['HUB_OWNER', 'check_backbone_weights', 'check_hub_config', 'checkpoint_filter_fn', 'hub_errors']
+__all__ = ['HUB_OWNER', 'check_backbone_weights', 'checkpoint_filter_fn', 'fetch_weights']
 
 HUB_OWNER = 'timm-bilinear'  # of this project's repos on the Hub, whose files are in hub/ too
 
@@ -98,8 +94,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         state_dict = {k: v for k, v in state_dict.items() if not _UMASS_UNUSED.match(k)}
     weight = state_dict.get('head.fc.weight')
     head = model.head
-    if weight is not None and head.in_features_b is None and weight.shape[1] == head.channels**2 != head.num_features:
-        state_dict['head.fc.weight'] = fold_symmetric_weight(weight)
+    if weight is not None and head.pool is not None:
+        state_dict['head.fc.weight'] = head.pool.fold_classifier(weight)
     _check_fit(state_dict, model)
     return state_dict
 
@@ -118,74 +114,16 @@ def check_backbone_weights(backbone: str):
         raise RuntimeError(f"timm has no pretrained weights for '{backbone}'. Use pretrained=False.")
 
 
-# What a config from the Hub may say of a model; numbers within bounds that any real model keeps.
-_HUB_NAMES = ('backbone_a', 'backbone_b')
-_HUB_NUMBERS = {
-    'num_classes': 1_000_000,
-    'in_chans': 1024,
-    'img_size': 8192,
-    'out_index_a': 100,
-    'out_index_b': 100,
-    'proj_dim': 8192,
-}
-_HUB_FORBIDDEN = ('url', 'file', 'custom_load', 'hf_hub_filename')
-_HUB_VALUES = ('pool_type', 'global_pool', 'eps', 'drop_rate', 'drop_path_rate', 'freeze_backbone')
+def fetch_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> Dict[str, Any]:
+    """Bring complete weights from the Hub into the cache, as `prefetch` does.
 
-
-def check_hub_config(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None):
-    """Check the config.json that a model is about to be built from, if it comes from whoever made a Hub repo.
-
-    Args:
-        cfg: The model's config; of the Hub if its source says so, and then config.json is in the cache.
-        cache_dir: The cache.
-
-    Raises:
-        ValueError: If it has arguments, names or numbers that no model pushed from here has.
-    """
-    if cfg.source != 'hf-hub':
-        return
-    repo_id, revision = hf_split(cfg.hf_hub_id)
-    path = hf_hub_download(repo_id, 'config.json', revision=revision, cache_dir=cache_dir, local_files_only=True)
-    config = json.loads(Path(path).read_text())
-    problems = []
-    args = dict(config.get('model_args') or {}, num_classes=config.get('num_classes', 0))
-    for key, value in args.items():
-        if key in _HUB_NAMES:
-            bad = value is not None and (not isinstance(value, str) or not is_model(value.split('.')[0]))
-        elif key in _HUB_NUMBERS:
-            numbers = value if isinstance(value, list) else [value]
-            bad = not all(
-                x is None or (isinstance(x, int) and -_HUB_NUMBERS['out_index_a'] <= x <= _HUB_NUMBERS[key])
-                for x in numbers
-            )
-        else:
-            bad = key not in _HUB_VALUES or not isinstance(value, (str, int, float, type(None)))
-        if bad:
-            problems.append(f'{key}={value!r}')
-    stored = config.get('pretrained_cfg') or {}
-    problems += [f'{key}={stored[key]!r}' for key in _HUB_FORBIDDEN if stored.get(key)]
-    if problems:
-        listed = ', '.join(problems)[:500]
-        raise ValueError(f"config.json of the Hugging Face Hub repo '{cfg.hf_hub_id}' is not trusted: {listed}.")
-
-
-@contextmanager
-def hub_errors(repo: Optional[str]):
-    """Name the weights that a repo should have, not the last file that timm looked for in their place.
-
-    For this project's own repos, say also where else their files lie.
+    For this project's own repos, an error says also where else their files lie.
     """
     try:
-        yield
+        return prefetch(cfg.to_dict(), cache_dir)
     except UnavailableError as e:
-        owner, _, name = (repo or '').partition('/')
-        if owner != HUB_OWNER:
-            raise
-        raise UnavailableError(
-            f"{e} The same files lie in this project's repository: in a checkout of it,"
-            f" timm.create_model('local-dir:hub/{name}', pretrained=True)."
-        ) from None
-    except MissingFileError as e:
-        raise RuntimeError(
-            f"The Hugging Face Hub repo '{repo}' has no model.safetensors, nor weights of another name: {e}"
-        ) from None
+        owner, _, name = hf_split(cfg.hf_hub_id)[0].partition('/')
+        if owner == HUB_OWNER:
+            hint = f"timm.create_model('local-dir:hub/{name}', pretrained=True)"
+            e.args = (f"{e} The same files lie in this project's repository: in a checkout of it, {hint}.",)
+        raise

@@ -12,7 +12,7 @@ from typing import Tuple
 import numpy as np
 import torch
 
-from .._compat import makes_other_tensors
+from .._compat import makes_other_tensors, ordinary_tensors
 
 __all__ = [
     'packed_size',
@@ -53,8 +53,8 @@ def _triangle(channels: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _on_device(channels: int, device: torch.device) -> Tuple[torch.Tensor, ...]:
-    # The cache is the process's, so it must not hold inference tensors, whoever asks for them first.
-    with torch.inference_mode(False):
+    # The cache is the process's, so it must hold ordinary tensors, whoever asks for them first.
+    with torch.inference_mode(False), ordinary_tensors():
         return tuple(torch.from_numpy(x).to(device) for x in _triangle(channels))
 
 

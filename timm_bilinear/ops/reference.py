@@ -52,15 +52,16 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 
 def _max_locations(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Location of the largest product of every channel pair, (B, Ca, Cb) int64, in blocks of a few of a's channels."""
-    rows = max(1, 4096 // b.shape[1])  # of no dynamic size, so that exporters can unroll the blocks
-    blocks = [(r.unsqueeze(2) * b.unsqueeze(1)).argmax(3) for r in a.detach().split(rows, 1)]
+    a, b = a.detach(), b.detach().unsqueeze(1)
+    channels, rows = int(a.shape[1]), max(1, 4096 // int(b.shape[2]))  # no dynamic sizes: exporters unroll the blocks
+    blocks = [(a[:, i : i + rows].unsqueeze(2) * b).argmax(3) for i in range(0, channels, rows)]
     return torch.cat(blocks, 1)
 
 
 def _products(a: torch.Tensor, b: torch.Tensor, pool: str) -> torch.Tensor:
     """Pooled outer products Z, (B, Ca, Cb)."""
     if pool == 'max':
-        n = _max_locations(a, b.detach())
+        n = _max_locations(a, b)
         return a.gather(2, n) * b.gather(2, n.transpose(1, 2)).transpose(1, 2)
     z = torch.bmm(a, b.transpose(1, 2))
     return z / a.shape[2] if pool == 'avg' else z
@@ -85,7 +86,7 @@ def norm(y: torch.Tensor) -> torch.Tensor:
 
 def _pack(y: torch.Tensor) -> torch.Tensor:
     """Upper triangle of (B, C, C), off-diagonals times sqrt(2), gathered by an index that is a constant of graphs."""
-    channels = y.shape[1]
+    channels = int(y.shape[1])  # a tensor, for the tracer
     if torch.jit.is_scripting():
         row, col = torch.triu_indices(channels, channels, device=y.device).unbind(0)
         flat, diagonal = row * channels + col, torch.nonzero(row == col).flatten()

@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from timm.data import create_loader, resolve_model_data_config
+from timm.data import create_loader, resolve_input_data_config
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .._compat import mkldnn_has_bfloat16
 from ..data.folder import create_datasets
 from ..hub import save_model
+from ..hub.model_card import IMG_MODES
 from ..models import BilinearCNN
 
 __all__ = ['Stage', 'default_stages', 'evaluate', 'finetune', 'resolve_amp_dtype']
@@ -205,7 +206,8 @@ def finetune(
     The same arguments give the same weights bit for bit on one machine, also when the run is resumed in between.
 
     Args:
-        data_dir: Folder with `train`, `val` and optionally `test`, each with a folder per class.
+        data_dir: Folder with `train`, `val` and optionally `test`, each with a folder per class. Images are read
+            with as many channels as the model takes: grey, grey and alpha, RGB or RGBA.
         output: Folder for config.json, model.safetensors, args.yaml, summary.csv, results.json and checkpoints/.
         model: timm model name, with `local-dir:` or `hf-hub:` as for `timm.create_model`. Other models than bilinear
             CNNs train with `stages` in which nothing is frozen, for comparison.
@@ -257,9 +259,12 @@ def finetune(
         raise ValueError(f"'model' must be a bilinear CNN for a stage with frozen streams, got {model!r}.")
     torch_device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     net.to(device=torch_device, memory_format=torch.channels_last)
-    in_chans = getattr(net, 'in_chans', 3)
-    args = dict(input_size=(in_chans, img_size, img_size)) if img_size else {}
-    data_config = resolve_model_data_config(net, args=args)
+    data_config = resolve_input_data_config(net, dict(img_size=img_size))
+    in_chans = data_config['input_size'][0]
+    if in_chans not in IMG_MODES:
+        raise ValueError(f'Images have 1 to {max(IMG_MODES)} channels, the model wants {in_chans}.')
+    for dataset in datasets.values():
+        dataset.input_img_mode = IMG_MODES[in_chans]
     loaders = _create_loaders(datasets, data_config, train_size, batch_size, workers, torch_device, train_aug or {})
     amp = resolve_amp_dtype(amp_dtype, torch_device)
 

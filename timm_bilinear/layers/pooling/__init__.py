@@ -1,5 +1,5 @@
 from .exact import AvgPooling, ExactPooling, MaxPooling, SumPooling
-from .registry import BilinearPooling, create_pooling, list_poolings, pooling_arguments, register_pooling
+from .registry import BilinearPooling, check_pooling, create_pooling, list_poolings, pooling_arguments, register_pooling
 
 __all__ = [
     'AvgPooling',
@@ -7,6 +7,7 @@ __all__ = [
     'ExactPooling',
     'MaxPooling',
     'SumPooling',
+    'check_pooling',
     'create_pooling',
     'list_poolings',
     'pooling_arguments',

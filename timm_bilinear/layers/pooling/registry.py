@@ -1,14 +1,21 @@
 """The registry of poolings: everything that takes a pooling by name finds it, and its arguments, here."""
 
 import difflib
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
 
 from ..arguments import arguments_of, check_arguments
 
-__all__ = ['BilinearPooling', 'create_pooling', 'list_poolings', 'pooling_arguments', 'register_pooling']
+__all__ = [
+    'BilinearPooling',
+    'check_pooling',
+    'create_pooling',
+    'list_poolings',
+    'pooling_arguments',
+    'register_pooling',
+]
 
 
 class BilinearPooling(nn.Module):
@@ -100,6 +107,20 @@ def pooling_arguments(name: str) -> Dict[str, Any]:
     return {k: v for k, v in every.items() if k not in ('in_features', 'device', 'dtype')}
 
 
+def check_pooling(name: str, args: Mapping[str, Any]):
+    """Check a pooling's name and arguments.
+
+    Raises:
+        TypeError: If the pooling has no such argument, or a value is of the wrong type.
+        ValueError: If there is no such pooling, or a value is out of its bounds.
+    """
+    known = pooling_arguments(name)
+    if unknown := sorted(set(args) - set(known)):
+        takes = f'takes {", ".join(known)}' if known else 'takes none'
+        raise TypeError(f"Unknown argument '{unknown[0]}': pooling '{name}' {takes}.")
+    check_arguments(_pooling_class(name), args)
+
+
 def create_pooling(
     name: str,
     in_features: Union[int, Tuple[int, ...]],
@@ -122,11 +143,6 @@ def create_pooling(
         TypeError: If the pooling has no such argument, or a value is of the wrong type.
         ValueError: If there is no such pooling, or a value is out of its bounds.
     """
-    cls = _pooling_class(name)
-    known = pooling_arguments(name)
-    if unknown := sorted(set(args) - set(known)):
-        takes = f'takes {", ".join(known)}' if known else 'takes none'
-        raise TypeError(f"Pooling '{name}' has no argument '{unknown[0]}'; it {takes}.")
-    check_arguments(cls, args)
+    check_pooling(name, args)
     in_features = (in_features,) if isinstance(in_features, int) else tuple(in_features)
-    return cls(in_features, **args, device=device, dtype=dtype)
+    return _pooling_class(name)(in_features, **args, device=device, dtype=dtype)

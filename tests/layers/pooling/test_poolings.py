@@ -1,0 +1,261 @@
+"""What every registered pooling has to do, and the registry: a pooling of a user's own goes through everything too."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Annotated, Tuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+from small_models import create, images
+
+import timm_bilinear
+from timm_bilinear.cli import main
+from timm_bilinear.hub import save_model
+from timm_bilinear.layers import BilinearHead, BilinearPooling, create_pooling, list_poolings, register_pooling
+from timm_bilinear.layers.arguments import Bounds, describe_argument
+from timm_bilinear.layers.pooling import pooling_arguments
+from timm_bilinear.layers.pooling import registry as pooling_registry
+
+pytestmark = [pytest.mark.usefixtures('clean_up'), pytest.mark.filterwarnings('ignore::FutureWarning')]
+
+CHANNELS = {'one': (12,), 'two': (12, 10)}
+
+
+@pytest.fixture(params=list_poolings())
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=CHANNELS)
+def channels(request):
+    return CHANNELS[request.param]
+
+
+def maps(channels, batch=3, **kwargs):
+    return [torch.randn(batch, c, 4, 5, **kwargs) for c in channels]
+
+
+def head(name, channels, num_classes=5):
+    return BilinearHead(channels[0], num_classes, *channels[1:], pool_type=name).eval()
+
+
+def test_listed():
+    assert {'avg', 'sum', 'max'} <= set(list_poolings())
+    assert list_poolings() == sorted(list_poolings())
+    assert timm_bilinear.layers.create_pooling is create_pooling
+
+
+def test_shapes(name, channels):
+    pooling = create_pooling(name, channels)
+    assert isinstance(pooling, BilinearPooling)
+    z = pooling(*maps(channels))
+    assert z.shape == (3, pooling.num_features) and z.dtype == torch.float32
+    assert pooling(*maps(channels, batch=0)).shape == (0, pooling.num_features)
+    assert pooling(*maps(channels, dtype=torch.float64)).dtype == torch.float64
+    if len(channels) == 1:
+        assert create_pooling(name, channels[0]).num_features == pooling.num_features
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_hostile_maps_are_safe(name, channels, dtype):
+    # An image that is all zero, dead channels, all locations alike (rank one), large and small values.
+    x = [m.to(dtype) for m in maps(channels, batch=6)]
+    for m in x:
+        m[0] = 0
+        m[1, 2:5] = 0
+        m[2] = m[2, :, :1, :1]
+        m[3] *= 1e3
+        m[4] *= 1e-4
+        m.requires_grad_()
+    z = create_pooling(name, channels).to(dtype)(*x)
+    z.float().sum().backward()
+    assert z.isfinite().all() and all(m.grad.isfinite().all() for m in x)
+
+
+def test_float32_inside_autocast(name, channels):
+    pooling, x = create_pooling(name, channels), [m.bfloat16() for m in maps(channels)]
+    want = pooling.double()(*(m.double() for m in x))
+    with torch.autocast('cpu', torch.bfloat16):
+        z = pooling.float()(*x)
+    assert (z.double() - want).abs().max() <= 2**-8 * want.abs().max()
+
+
+def test_fused_and_unfused_agree(name, channels):
+    model, x = head(name, channels), maps(channels)
+    want = model.fc(model.pool(*x))
+    torch.testing.assert_close(model(torch.cat(x, 1)), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(x[0], x_b=x[1] if len(x) > 1 else None), want, atol=1e-5, rtol=1e-4)
+
+
+def test_compilers(name, channels):
+    model, x = head(name, channels), torch.cat(maps(channels), 1)
+    want = model(x)
+    got = [
+        torch.jit.script(model)(x),
+        torch.compile(model, fullgraph=True, backend='aot_eager')(x),
+        torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim.AUTO}}).module()(x),
+    ]
+    for logits in got:
+        torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('dynamo', [False, True])
+@pytest.mark.parametrize('opset', [17, 20])
+def test_onnx(name, channels, dynamo, opset, tmp_path):
+    if dynamo and opset < 18:
+        opset = 18  # the exporter's least
+    model, path = head(name, channels), tmp_path / 'head.onnx'
+    x = [torch.cat(maps(channels, batch=batch), 1) for batch in (2, 5, 1)]
+    batch = {0: torch.export.Dim('batch', min=1, max=64)} if dynamo else {0: 'batch'}
+    options = dict(dynamic_shapes=dict(x=batch)) if dynamo else dict(dynamic_axes=dict(x=batch))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.onnx.export(
+            model, (x[0],), path, dynamo=dynamo, opset_version=opset, input_names=['x'], verbose=False, **options
+        )
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for features in x:
+        (logits,) = session.run(None, {'x': features.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(features).detach(), atol=1e-5, rtol=1e-4)
+    if len(channels) == 1:
+        # the triangle is gathered, and not cut out by masks of the size of the matrix
+        constants = onnx.load(path).graph
+        sizes = [np.prod(t.dims) for t in constants.initializer]
+        sizes += [np.prod(a.t.dims) for n in constants.node for a in n.attribute if n.op_type == 'Constant']
+        assert channels[0] ** 2 not in sizes
+
+
+def test_transforms(name, channels):
+    pooling, x = create_pooling(name, channels, dtype=torch.float64), maps(channels, dtype=torch.float64)
+    tangents = tuple(map(torch.randn_like, x))
+    step = 1e-6
+    ahead, behind = (pooling(*(m + s * t for m, t in zip(x, tangents))) for s in (step, -step))
+    _, got = torch.func.jvp(pooling, tuple(x), tangents)
+    torch.testing.assert_close(got, (ahead - behind) / (2 * step), atol=1e-5, rtol=1e-4)
+    per_image = torch.func.vmap(lambda *m: pooling(*(t[None] for t in m))[0])(*x)
+    torch.testing.assert_close(per_image, pooling(*x))
+
+
+@pytest.mark.parametrize('backbone_b', [None, 'test_convnext'])
+def test_saved_and_loaded(name, backbone_b, tmp_path):
+    model = create(backbone_a='test_resnet', backbone_b=backbone_b, proj_dim=8, num_classes=3, pool_type=name)
+    save_model(model, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
+    x = images(size=64)
+    assert type(loaded.head.pool) is type(model.head.pool) and torch.equal(loaded(x), model(x))
+
+
+def test_arguments_have_bounds(name):
+    # What a signature leaves open, command line and Hub configs would not check.
+    for argument, annotation in pooling_arguments(name).items():
+        kind, *metadata = getattr(annotation, '__args__', (annotation,))[0], *getattr(annotation, '__metadata__', ())
+        assert kind not in (int, float) or any(isinstance(m, Bounds) for m in metadata), argument
+
+
+def test_documented(name):
+    text = Path(__file__).parents[3].joinpath('docs', 'models.md').read_text()
+    described = ', '.join(describe_argument(pooling_registry._poolings[name], arg) for arg in pooling_arguments(name))
+    assert f'| `{name}` |' in text and described in text, described
+
+
+# --- a pooling of a user's own
+
+
+@pytest.fixture
+def power(monkeypatch):
+    """A registered pooling: mean powers of a stream's channels, with a parameter and arguments of its own."""
+    monkeypatch.setattr(pooling_registry, '_poolings', dict(pooling_registry._poolings))
+
+    @register_pooling('power')
+    class PowerPooling(BilinearPooling):
+        def __init__(
+            self,
+            in_features: Tuple[int, ...],
+            *,
+            power: Annotated[int, Bounds(1, 9)] = 2,
+            centred: bool = False,
+            device=None,
+            dtype=None,
+        ):
+            super().__init__()
+            self.num_features = sum(in_features)
+            self.power, self.centred = power, centred
+            self.gain = nn.Parameter(torch.ones(self.num_features, device=device, dtype=dtype))
+
+        def forward(self, *maps):
+            return torch.cat([m.float().pow(self.power).mean((2, 3)) for m in maps], 1) * self.gain
+
+    return PowerPooling
+
+
+def test_own_pooling(power, tmp_path):
+    model = create(backbone_a='test_resnet', num_classes=3, pool_type='power', power=3)
+    assert 'power' in list_poolings() and isinstance(model.head.pool, power)
+    assert model.head_hidden_size == model.get_classifier().in_features == 96
+    x = images(size=64)
+    a = model.forward_features(x)
+    torch.testing.assert_close(model(x), model.head.fc(a.pow(3).mean((2, 3))))
+    nn.init.uniform_(model.head.pool.gain)
+    save_model(model, tmp_path / 'model')
+    assert json.loads((tmp_path / 'model' / 'config.json').read_text())['model_args']['power'] == 3
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
+    assert loaded.head.pool.power == 3 and torch.equal(loaded(x), model(x))
+    model.reset_classifier(4, 'avg')
+    assert model(x).shape == (2, 4) and model.head_hidden_size == 96 * 97 // 2
+    model.reset_classifier(2, 'power')
+    assert model.head.pool.power == 2 and model(x).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    'kwargs,error,message',
+    [
+        (dict(pool_type='powr'), ValueError, r"'pool_type' must be one of .* or '', got 'powr'\. Did .* 'power'"),
+        (dict(pool_type='power', power=0), ValueError, r"'power' must be positive, got 0"),
+        (dict(pool_type='power', power=10), ValueError, r"'power' must be at most 9, got 10"),
+        (dict(pool_type='power', power=2.5), TypeError, r"'power' must be an integer, got 2\.5"),
+        (dict(pool_type='power', power=True), TypeError, r"'power' must be an integer, got True"),
+        (dict(pool_type='power', centred='yes'), TypeError, r"'centred' must be True or False, got 'yes'"),
+        (dict(pool_type='power', eps=1e-3), TypeError, r"'eps': pooling 'power' takes power, centred"),
+        (dict(pool_type='avg', power=2), TypeError, r"'power': pooling 'avg' takes eps"),
+        (dict(pool_type='avg', eps='tiny'), TypeError, r"'eps' must be a number, got 'tiny'"),
+        (dict(proj_dim=2.0), TypeError, r"'proj_dim' must be an integer or None, got 2\.0"),
+        (dict(img_size='big'), TypeError, r"'img_size' must be an integer or a tuple of 2 integers or None, got 'big'"),
+        (dict(drop_rate=1.5), ValueError, r"'drop_rate' must be at most 1, got 1\.5"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_argument_errors(power, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        create(backbone_a='test_resnet', num_classes=3, **kwargs)
+
+
+def test_names_are_taken_once(power):
+    with pytest.raises(ValueError, match="'avg' is taken"):
+        register_pooling('avg')(power)
+    with pytest.raises(ValueError, match='empty'):
+        register_pooling('')(power)
+
+
+@pytest.mark.parametrize(
+    'argument,named', [('eps=tiny', 'eps'), ('eps=0', 'eps'), ('foo=1', 'foo'), ('proj_dim=-1', 'proj_dim')]
+)
+def test_command_line(tmp_path, argument, named):
+    for split in ('train', 'val'):
+        for label in ('a', 'b'):
+            folder = tmp_path / 'data' / split / label
+            folder.mkdir(parents=True)
+            Image.new('RGB', (32, 32)).save(folder / '0.png')
+    run = tmp_path / 'run'
+    with pytest.raises(SystemExit) as e:
+        main(['finetune', str(tmp_path / 'data'), '--output', str(run), '--model', 'bcnn', '--no-pretrained',
+              '--model-kwargs', 'backbone_a=test_resnet', argument])  # fmt: skip
+    assert re.search(f"error: .*'{named}'", str(e.value.code)) and '\n' not in str(e.value.code)
+    assert not run.exists()
