@@ -12,7 +12,7 @@ from PIL import Image
 from render import demo_fonts
 
 SCRIPTS = Path(__file__).parents[2] / 'hub' / 'fonts'
-PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18.googlefonts'
+PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18_c4.googlefonts'
 
 
 def _run(script, *args, **kwargs):

@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from timm_bilinear import push_to_hub
 
-NAME = 'bcnn_resnet18.googlefonts'
+NAME = 'bcnn_resnet18_c4.googlefonts'
 FOLDER = Path(__file__).parents[2] / 'hub' / NAME
 
 

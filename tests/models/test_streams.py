@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from small_models import GRIDS, ONE, TWO, create, images
 from timm.data import resolve_model_data_config
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, resolve_model_input_args
 
 from timm_bilinear.models.streams import concat_streams
 
@@ -137,3 +137,13 @@ def test_different_fixed_sizes_need_img_size():
     with pytest.raises(ValueError, match="'img_size'"):
         create(**kwargs)
     assert create(img_size=64, **kwargs)(images(size=64)).shape == (2, 3)
+
+
+def test_config_that_timms_train_script_hands_over():
+    # It resolves the registered config first, which for any backbones says nothing of them.
+    kwargs = dict(backbone_a='vit_tiny_patch16_224', num_classes=3, device='meta')
+    expected = timm.create_model('bcnn', **kwargs).pretrained_cfg
+    assert expected['mean'] == (0.5, 0.5, 0.5)
+    assert timm.create_model(**resolve_model_input_args('bcnn', {}, **kwargs)).pretrained_cfg == expected
+    overlay = dict(mean=(0.1, 0.2, 0.3))
+    assert timm.create_model('bcnn', pretrained_cfg_overlay=overlay, **kwargs).pretrained_cfg['mean'] == (0.1, 0.2, 0.3)

@@ -16,6 +16,7 @@ from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
+    get_pretrained_cfg,
     register_model,
     resolve_pretrained_cfg,
 )
@@ -49,7 +50,10 @@ def _resolve_cfg(
         arch = next((arch for arch, cfg in default_cfgs.items() if pretrained_cfg in cfg.cfgs), None)
         if arch is not None:
             raise RuntimeError(f"The tag '{pretrained_cfg}' is not one of {variant}: use '{arch}.{pretrained_cfg}'.")
-    if variant == 'bcnn' and not pretrained_cfg:
+    if isinstance(pretrained_cfg, dict):
+        pretrained_cfg = PretrainedCfg(**pretrained_cfg)
+    # timm's train script hands the registered config over, which for any backbones says nothing of them
+    if variant == 'bcnn' and (not pretrained_cfg or pretrained_cfg == get_pretrained_cfg(variant)):
         overlay = dict(input_config(**kwargs), **overlay)
     if kwargs.get('backbone_args') or kwargs.get('backbone_args_b'):
         overlay.setdefault('pool_size', None)  # a stride may be among them
