@@ -33,6 +33,12 @@ def _benchmark_model(args: argparse.Namespace):
     print(benchmark_model(args.output, args.repeats, args.device))
 
 
+def _benchmark_poolings(args: argparse.Namespace):
+    from .tools.benchmark import benchmark_poolings
+
+    print(benchmark_poolings(args.output, args.repeats, args.device))
+
+
 def _push(args: argparse.Namespace):
     from .hub import push_to_hub
     from .hub.client import file_hashes
@@ -128,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ('head', _benchmark_head, "the head against the article's, eager and compiled"),
         ('model', _benchmark_model, "a training step of the model against timm's backbone"),
+        ('poolings', _benchmark_poolings, 'every registered pooling'),
     ):
         p = benchmarks.add_parser(name, help=text)
         p.set_defaults(run=run)

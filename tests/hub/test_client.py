@@ -1,7 +1,6 @@
 """Push and pull through the real client, against a Hub on loopback that has its bad moments."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from fake_hub import TOKEN, fake_hub
+from fake_hub import TOKEN
+from hub_cases import LABELS, NAME, assert_same, files_of, pull, push
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from small_models import create
@@ -20,44 +20,9 @@ import timm_bilinear
 from timm_bilinear.cli import main
 from timm_bilinear.hub import save_model
 from timm_bilinear.hub.client import file_hashes
-from timm_bilinear.models import download
 
-NAME = 'me/insects'
-LABELS = ['ant', 'bee', 'cat']
 WEIGHTS = 'GET /large/'
 CONFIG = '/me/insects/resolve/.*/config.json'
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(download, 'WAITS', (0.0, 0.0, 0.0))
-    with fake_hub(monkeypatch, tmp_path / 'cache') as server:
-        yield server
-
-
-@pytest.fixture(scope='module')
-def model():
-    torch.manual_seed(0)
-    return create(backbone_a='test_resnet', backbone_b='test_vit', proj_dim=8, eps=1e-3, num_classes=3)
-
-
-def pull(name=NAME, **kwargs):
-    return timm.create_model(f'hf-hub:{name}', pretrained=True, **kwargs).eval()
-
-
-def push(model, **kwargs):
-    return timm_bilinear.push_to_hub(model, NAME, label_names=LABELS, license='mit', **kwargs)
-
-
-def files_of(model, tmp_path):
-    folder = save_model(model, tmp_path / 'files', LABELS)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def assert_same(loaded, model):
-    x = torch.randn(2, 3, 160, 160)
-    with torch.inference_mode():
-        assert torch.equal(loaded(x), model(x))
 
 
 def cached(tmp_path):
@@ -240,34 +205,6 @@ def test_pickles_hold_weights_only(hub, model, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'w.bin')
     hub.add_repo('me/pickled', dict(config, **{'pytorch_model.bin': (tmp_path / 'w.bin').read_bytes()}))
     assert_same(pull('me/pickled'), model)
-
-
-@pytest.mark.parametrize(
-    'change,named',
-    [
-        (dict(model_args=dict(backbone_a='hf-hub:evil/x')), 'backbone_a'),
-        (dict(model_args=dict(backbone_a='local-dir:/etc')), 'backbone_a'),
-        (dict(model_args=dict(backbone_b='/tmp/x')), 'backbone_b'),
-        (dict(model_args=dict(proj_dim=10**9)), 'proj_dim'),
-        (dict(model_args=dict(in_chans=10**9)), 'in_chans'),
-        (dict(model_args=dict(img_size=[10**9, 3])), 'img_size'),
-        (dict(model_args=dict(pretrained_streams=True)), 'pretrained_streams'),
-        (dict(model_args=dict(all_levels=True)), 'all_levels'),
-        (dict(num_classes=10**9), 'num_classes'),
-        (dict(pretrained_cfg=dict(url='https://example.invalid/x')), 'url'),
-        (dict(pretrained_cfg=dict(custom_load=True)), 'custom_load'),
-    ],
-    ids=str,
-)
-def test_configs_are_not_trusted(hub, model, tmp_path, change, named):
-    files = files_of(model, tmp_path)
-    config = json.loads(files['config.json'])
-    for key, value in change.items():
-        config[key] = dict(config[key], **value) if isinstance(value, dict) else value
-    hub.add_repo(NAME, dict(files, **{'config.json': json.dumps(config).encode()}))
-    with pytest.raises(ValueError, match=f"'{NAME}' is not trusted: {named}="):
-        pull()
-    assert hub.count(WEIGHTS) == 0
 
 
 def test_full_disk(hub, model, tmp_path, monkeypatch):

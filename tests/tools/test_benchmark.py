@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from timm_bilinear.cli import main
+from timm_bilinear.layers import list_poolings
 from timm_bilinear.ops import bilinear_classify, fold_symmetric_weight
-from timm_bilinear.tools import benchmark
+from timm_bilinear.tools import benchmark, measure
 
 CPU = torch.device('cpu')
 
@@ -27,12 +28,12 @@ def test_peak_memory():
         del x
         y = y + 1
 
-    assert 8 << 20 <= benchmark._peak_memory(run, CPU) < 9 << 20
+    assert 8 << 20 <= measure.peak_memory(run, CPU) < 9 << 20
 
 
 def test_seconds_takes_contestants_in_turn():
     calls = []
-    benchmark._seconds({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, repeats=2, device=CPU)
+    measure.measure_seconds({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, repeats=2, device=CPU)
     assert ''.join(calls) == 'ababababab'
 
 
@@ -46,8 +47,16 @@ def test_table(monkeypatch, tmp_path, channels_b):
     assert all(float(row[-1]) > 0 and row[-3].endswith(' x') for row in rows[:2])
 
 
+def test_every_pooling_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, 'POOLING_CASE', benchmark.Case(2, 8, None, 4, 3))
+    main(['benchmark', 'poolings', '--repeats', '1', '--output', str(tmp_path / 'table.md')])
+    rows = [line.strip('| ').split(' | ') for line in (tmp_path / 'table.md').read_text().splitlines()[-6:]]
+    assert [row[0] for row in rows] == 2 * list_poolings() and {row[1] for row in rows} == {'1', '2'}
+    assert all(float(row[5]) > 0 for row in rows)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-@pytest.mark.parametrize('what', ['head', 'model'])
+@pytest.mark.parametrize('what', ['head', 'model', 'poolings'])
 def test_no_gpu(what):
     with pytest.raises(SystemExit, match=r"^timm-bilinear: error: No GPU for 'cuda'"):
         main(['benchmark', what, '--device', 'cuda'])

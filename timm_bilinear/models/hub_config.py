@@ -34,12 +34,13 @@ def _numbers(value: Any, place: str = '') -> Iterator[Tuple[str, Union[int, floa
 
 def _argument_problems(args: Dict[str, Any]) -> List[str]:
     """What in saved model arguments no model could have been saved with."""
-    pool_type = args.get('global_pool', args.get('pool_type', 'avg'))
     known = arguments_of(BilinearCNN)
-    if pool_type in list_poolings():
-        known.update(pooling_arguments(pool_type))
-    elif pool_type not in ('', None):
-        return [f'pool_type={pool_type!r} must be one of {", ".join(map(repr, list_poolings()))}']
+    poolings = {name: args[name] for name in ('pool_type', 'global_pool') if args.get(name) not in ('', None)}
+    for name, pooling in poolings.items():
+        if pooling not in list_poolings():
+            return [f'{name}={pooling!r} must be one of {", ".join(map(repr, list_poolings()))}']
+    pooling = poolings.get('global_pool', poolings.get('pool_type', 'avg'))
+    known.update(pooling_arguments(pooling))
     defaults = {p.name: p.default for p in inspect.signature(BilinearCNN).parameters.values()}
     problems = []
     for name, value in args.items():

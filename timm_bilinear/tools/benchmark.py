@@ -3,10 +3,7 @@
 Rows are measured in one process, all contestants in turn within each repeat, and reported as medians.
 """
 
-import platform
-import statistics
-import time
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Union
 
@@ -16,10 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .._compat import cuda_sleep
+from ..layers import BilinearHead, list_poolings
 from ..ops import bilinear_classify, cpu, descriptor_size
+from .measure import (
+    describe_machine,
+    find_device,
+    format_time,
+    markdown_table,
+    measure_seconds,
+    peak_memory,
+    tf32,
+    write,
+)
 
-__all__ = ['benchmark_head', 'benchmark_model']
+__all__ = ['benchmark_head', 'benchmark_model', 'benchmark_poolings']
 
 
 class Case(NamedTuple):
@@ -61,6 +68,8 @@ CUDA_CASES = [
     )
 ]
 
+POOLING_CASE = Case(16, 512, None, 14, 200)
+
 _HEAD_NOTES = """
 
 The floor is, for each product, FLOPs over the machine's measured matrix rate in that dtype (float32 without TF32: a
@@ -85,57 +94,6 @@ def _our_head(a: Tensor, b: Optional[Tensor], weight: Tensor, bias: Tensor) -> T
     return bilinear_classify(a, b, weight, bias)
 
 
-def _seconds(
-    contestants: Dict[str, Callable[[], None]],
-    repeats: int,
-    device: torch.device,
-    statistic: Callable[[List[float]], float] = statistics.median,
-) -> Dict[str, float]:
-    """Median (or other statistic of the) seconds of each contestant, taken in turn, after three rounds of warm-up.
-
-    On a GPU each run starts with a cold cache, and behind work that hides the time it takes to launch.
-    """
-    seconds: Dict[str, List[float]] = {name: [] for name in contestants}
-    cache = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == 'cuda' else None
-    for repeat in range(repeats + 3):
-        for name, run in contestants.items():
-            if cache is not None:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                cache.zero_()
-                cuda_sleep(4_000_000)  # 2 ms, in which all that follows is launched
-                start.record()
-                run()
-                end.record()
-                torch.cuda.synchronize(device)
-                took = 1e-3 * start.elapsed_time(end)
-            else:
-                began = time.perf_counter()
-                run()
-                took = time.perf_counter() - began
-            if repeat >= 3:
-                seconds[name].append(took)
-    return {name: statistic(s) for name, s in seconds.items()}
-
-
-def _peak_memory(run: Callable[[], None], device: torch.device) -> int:
-    """Most bytes allocated at one time during `run`, above what was allocated before."""
-    run()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
-    peak = current = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
-
-
 def _floor(case: Case, repeats: int, device: torch.device) -> Dict[str, float]:
     """Seconds below which this machine cannot go, forward and with backward."""
     size, locations = descriptor_size(case.channels, case.channels_b), case.side**2
@@ -146,8 +104,8 @@ def _floor(case: Case, repeats: int, device: torch.device) -> Dict[str, float]:
     kept = torch.zeros(entries, device=device, dtype=dtype)
     copied = torch.empty_like(kept)
     multiply = torch.mm if device.type == 'cuda' else cpu.linear
-    with _tf32(True):
-        measured = _seconds(
+    with tf32(True):
+        measured = measure_seconds(
             {'product': lambda: multiply(x, x), 'copy': lambda: copied.copy_(kept)}, repeats, device, statistic=min
         )
     rate = 2 * side**3 / measured['product']
@@ -166,53 +124,6 @@ def _floor(case: Case, repeats: int, device: torch.device) -> Dict[str, float]:
     forward = product(triangle, features + batch * size) + classifier
     backward = 2 * classifier + product(full * (1 if case.channels_b is None else 2), 2 * batch * size + 2 * features)
     return {'forward': forward, 'forward + backward': forward + backward}
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise RuntimeError(f"No GPU for '{name}': torch.cuda.is_available() is False.")
-    return device
-
-
-def _versions(device: torch.device) -> str:
-    name = f'{_cpu_name()}, {torch.get_num_threads()} threads'
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    return f'{name}; torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}'
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _table(header: List[str], rows: List[List[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(row)} |' for row in [header, ['---'] * len(header), *rows])
-
-
-def _write(text: str, output: Optional[Union[str, Path]]) -> str:
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(text + '\n')
-    return text
-
-
-@contextmanager
-def _tf32(enabled: bool):
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = 'tf32' if enabled else 'ieee'
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-def _time(seconds: float) -> str:
-    return f'{1e3 * seconds:.1f} ms' if seconds > 1e-3 else f'{1e6 * seconds:.0f} us'
 
 
 def _head_rows(case: Case, repeats: int, device: torch.device) -> List[List[str]]:
@@ -249,17 +160,17 @@ def _head_rows(case: Case, repeats: int, device: torch.device) -> List[List[str]
                 x.grad = None
 
     rows = []
-    with _tf32(case.tf32):
+    with tf32(case.tf32):
         floor = _floor(case, repeats, device)
         for name, run in (('forward', forward), ('forward + backward', both)):
-            s = _seconds({k: lambda run=run, v=v: run(*v) for k, v in heads.items()}, repeats, device)
+            s = measure_seconds({k: lambda run=run, v=v: run(*v) for k, v in heads.items()}, repeats, device)
             rows.append(
                 [str(case), name]
-                + [_time(s[k]) for k in heads]
+                + [format_time(s[k]) for k in heads]
                 + [f'{s[k] / s["ours"]:.2f} x' for k in ('eager', 'compiled')]
-                + [_time(floor[name]), f'{floor[name] / s["ours"]:.2f}']
+                + [format_time(floor[name]), f'{floor[name] / s["ours"]:.2f}']
             )
-        peaks = {k: _peak_memory(lambda v=v: both(*v), device) / 2**20 for k, v in heads.items()}
+        peaks = {k: peak_memory(lambda v=v: both(*v), device) / 2**20 for k, v in heads.items()}
     gradients = {k: sum(x.nbytes for x in (a, b, v[1], bias) if x is not None) / 2**20 for k, v in heads.items()}
     rows.append(
         [str(case), 'peak memory (without gradients)']
@@ -285,7 +196,7 @@ def benchmark_head(output: Optional[Union[str, Path]] = None, repeats: int = 15,
         RuntimeError: If there is no such device.
         OSError: If `output` cannot be written.
     """
-    torch_device = _device(device)
+    torch_device = find_device(device)
     cases = CUDA_CASES if torch_device.type == 'cuda' else CPU_CASES
     rows = []
     for case in tqdm(cases, unit='case'):
@@ -299,10 +210,10 @@ def benchmark_head(output: Optional[Union[str, Path]] = None, repeats: int = 15,
         'against eager',
         'against compiled',
     ]
-    return _write(
+    return write(
         f'# The head: {torch_device.type}\n\n`timm-bilinear benchmark head --device {device}`: medians of {repeats}, in'
-        f' turn, in one process.\n\n{_versions(torch_device)}.\n\n'
-        + _table([*header, 'floor', 'floor / ours'], rows)
+        f' turn, in one process.\n\n{describe_machine(torch_device)}.\n\n'
+        + markdown_table([*header, 'floor', 'floor / ours'], rows)
         + _HEAD_NOTES,
         output,
     )
@@ -323,7 +234,7 @@ def benchmark_model(output: Optional[Union[str, Path]] = None, repeats: int = 15
         RuntimeError: If there is no such device.
         OSError: If `output` cannot be written.
     """
-    torch_device = _device(device)
+    torch_device = find_device(device)
     amp = torch_device.type == 'cuda'
     batch = 64 if amp else 16
     layout = dict(device=torch_device, memory_format=torch.channels_last if amp else torch.contiguous_format)
@@ -353,13 +264,67 @@ def benchmark_model(output: Optional[Union[str, Path]] = None, repeats: int = 15
     for backbone in ('resnet18', 'vgg16') if amp else ('resnet18',):
         contestants = {name: runs(name) for name in (backbone, f'bcnn_{backbone}')}
         for mode in ('inference', 'training'):
-            s = _seconds({name: run[mode] for name, run in contestants.items()}, repeats, torch_device)
-            rows += [[n, mode, _time(t), f'{batch / t:.1f}', f'{t / s[backbone]:.3f}'] for n, t in s.items()]
+            s = measure_seconds({name: run[mode] for name, run in contestants.items()}, repeats, torch_device)
+            rows += [[n, mode, format_time(t), f'{batch / t:.1f}', f'{t / s[backbone]:.3f}'] for n, t in s.items()]
     precision = 'bfloat16 autocast, channels_last' if amp else 'float32'
     setting = f'448 px, batch {batch}, {precision}, 200 classes, SGD with momentum'
-    return _write(
+    return write(
         f'# Whole models: {torch_device.type}\n\n`timm-bilinear benchmark model --device {device}`: {setting};'
-        f' medians of {repeats},\nin turn, in one process.\n\n{_versions(torch_device)}.\n\n'
-        + _table(['model', '', 'step', 'images/s', "against the backbone's"], rows),
+        f' medians of {repeats},\nin turn, in one process.\n\n{describe_machine(torch_device)}.\n\n'
+        + markdown_table(['model', '', 'step', 'images/s', "against the backbone's"], rows),
+        output,
+    )
+
+
+def _step(head: BilinearHead, features: List[Tensor], backward: bool):
+    with torch.set_grad_enabled(backward):
+        logits = head(features[0], x_b=features[1] if len(features) == 2 else None)
+    if backward:
+        torch.autograd.grad(logits.sum(), [*features, *head.parameters()])
+
+
+def benchmark_poolings(output: Optional[Union[str, Path]] = None, repeats: int = 15, device: str = 'cpu') -> str:
+    """Every registered pooling with its default arguments, as the head of a model: one stream, then two.
+
+    Args:
+        output: File for the table.
+        repeats: Measurements behind each median.
+        device: 'cpu' or 'cuda'.
+
+    Returns:
+        Markdown table with the command and versions.
+
+    Raises:
+        RuntimeError: If there is no such device.
+        OSError: If `output` cannot be written.
+    """
+    torch_device, case = find_device(device), POOLING_CASE
+    shape = (case.batch, case.channels, case.side, case.side)
+    rows = []
+    for streams in (1, 2):
+        features = [torch.randn(shape, device=torch_device).relu_().requires_grad_() for _ in range(streams)]
+        heads = {
+            name: BilinearHead(
+                case.channels,
+                case.classes,
+                in_features_b=case.channels if streams == 2 else None,
+                pool_type=name,
+                device=torch_device,
+            )
+            for name in list_poolings()
+        }
+
+        forward = {name: partial(_step, head, features, backward=False) for name, head in heads.items()}
+        both = {name: partial(_step, head, features, backward=True) for name, head in heads.items()}
+        measured = [measure_seconds(runs, repeats, torch_device) for runs in (forward, both)]
+        for name, head in heads.items():
+            memory = peak_memory(both[name], torch_device) / 2**20
+            rows.append([name, f'{streams}', f'{head.num_features:,}', *(format_time(s[name]) for s in measured)])
+            rows[-1] += [f'{measured[1][name] / measured[1]["avg"]:.2f}', f'{memory:.0f} MiB']
+    header = ['pooling', 'streams', 'descriptor', 'forward', 'forward + backward', "against 'avg'", 'peak memory']
+    return write(
+        f'# Poolings: {torch_device.type}\n\n`timm-bilinear benchmark poolings --device {device}`: {case};\n'
+        f'medians of {repeats}, in turn, in one process.\n\n{describe_machine(torch_device)}.\n\n'
+        + markdown_table(header, rows),
         output,
     )
