@@ -33,7 +33,7 @@ def descriptor_size(channels: int, channels_b: Optional[int] = None) -> int:
 
 
 def _autocast_dtype(device_type: str) -> Optional[torch.dtype]:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != 'meta' and torch.is_autocast_enabled(device_type):  # of meta tensors there is none to ask for
         return torch.get_autocast_dtype(device_type)
     return None
 

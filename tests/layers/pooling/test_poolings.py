@@ -26,6 +26,8 @@ from timm_bilinear.layers.pooling import registry as pooling_registry
 
 pytestmark = [pytest.mark.usefixtures('clean_up'), pytest.mark.filterwarnings('ignore::FutureWarning')]
 
+# Slices of a batch of one were another graph for torch.export then.
+OLD_EXPORT = torch.__version__ < (2, 10)
 CHANNELS = {'one': (12,), 'two': (12, 10)}
 
 
@@ -113,8 +115,9 @@ def test_onnx(name, channels, dynamo, opset, tmp_path):
     if dynamo and opset < 18:
         opset = 18  # the exporter's least
     model, path = head(name, channels), tmp_path / 'head.onnx'
-    x = [torch.cat(maps(channels, batch=batch), 1) for batch in (2, 5, 1)]
-    batch = {0: torch.export.Dim('batch', min=1, max=64)} if dynamo else {0: 'batch'}
+    least = 2 if dynamo and OLD_EXPORT and len(channels) == 2 else 1
+    x = [torch.cat(maps(channels, batch=batch), 1) for batch in (2, 5, least)]
+    batch = {0: torch.export.Dim('batch', min=least, max=64)} if dynamo else {0: 'batch'}
     options = dict(dynamic_shapes=dict(x=batch)) if dynamo else dict(dynamic_axes=dict(x=batch))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
