@@ -17,6 +17,7 @@ from timm.models._hub import (
     hf_split,  # 'owner/name@revision', as timm reads it
 )
 from timm.models._hub import _get_safe_alternatives as get_safe_alternatives  # what timm prefers to a pickle
+from torch._subclasses import FakeTensor  # what a tensor is while a graph is traced
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks  # hooks on every module's calls
 from torch.utils._python_dispatch import _disable_current_modes as ordinary_tensors  # no fake ones while exporting
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wra
 
 __all__ = [
     'CACHED_NO_EXIST',
+    'FakeTensor',
     'FeatureGetterNet',
     'HF_WEIGHTS_NAME',
     'cuda_sleep',

@@ -5,9 +5,12 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.models._features_fx import create_feature_extractor as timm_create_feature_extractor
+from torch.ao.quantization import quantize_fx
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torchvision.models.feature_extraction import create_feature_extractor
 
-import timm_bilinear  # noqa: F401
+from timm_bilinear.layers.pooling import AvgPooling
 
 pytestmark = [
     pytest.mark.usefixtures('clean_up'),
@@ -223,7 +226,84 @@ def test_frozen_and_unfrozen(model, images):
     assert fc.weight.grad is not None
 
 
+def test_fx(model, images):
+    name, want = model.pretrained_cfg['classifier'], model(images)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), want, atol=1e-5, rtol=1e-4)
+    for create in (create_feature_extractor, timm_create_feature_extractor):
+        out = create(model, {name: 'logits'})(images)['logits']
+        torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-4)
+    prepared = quantize_fx.prepare_fx(model, torch.ao.quantization.get_default_qconfig_mapping('x86'), (images,))
+    torch.testing.assert_close(prepared(images), want, atol=1e-5, rtol=1e-4)
+    quantised = quantize_fx.convert_fx(prepared)
+    assert type(quantised.get_submodule(name)) is not nn.Linear
+    assert 0 < (quantised(images) - want).abs().max() < 0.2 * want.abs().max()
+
+
+def test_sparse_weight(model, images):
+    fc, want = model.get_classifier(), model(images)
+    fc.weight = nn.Parameter(fc.weight.detach().to_sparse_csr(), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), want, atol=1e-5, rtol=1e-4)
+
+
+class DoublingWeight(torch.Tensor):
+    """A weight that takes part in the product by a function of its own, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], 2 * args[1].as_subclass(torch.Tensor), args[2])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weight_of_a_subclass(model, images):
+    fc = model.get_classifier()
+    want = 2 * model(images) - fc.bias
+    fc.weight = nn.Parameter(fc.weight.detach().as_subclass(DoublingWeight), requires_grad=False)
+    torch.testing.assert_close(model(images).as_subclass(torch.Tensor), want, atol=1e-5, rtol=1e-4)
+
+
 # --- of ours alone: what sits before the classifier
+
+
+def test_dropout_of_its_own_mode(images):
+    # Monte Carlo dropout: the model in eval mode, its dropout in training mode; and the other way round.
+    model = timm.create_model('bcnn', backbone_a='test_resnet', proj_dim=8, num_classes=5, drop_rate=0.5).eval()
+    want = model(images)
+    model.head.drop.train()
+    assert not torch.equal(model(images), model(images))
+    model.head.train()
+    model.head.drop.eval()
+    torch.testing.assert_close(model(images), want)
+
+
+@pytest.mark.parametrize(
+    'drop', [nn.Sequential(nn.LayerNorm(36), nn.Dropout(0.1)), nn.Identity(), nn.AlphaDropout(0.1)]
+)
+def test_replaced_dropout(images, drop):
+    model = timm.create_model('bcnn', backbone_a='test_resnet', proj_dim=8, num_classes=5).eval()
+    model.head.drop = drop.eval()
+    same(model(images), model, images)
+    assert model.train()(images).shape == (3, 5)
+
+
+def test_replaced_pooling(images):
+    model = timm.create_model('bcnn', backbone_a='test_resnet', proj_dim=8, num_classes=5).eval()
+    model.head.pool = nn.Sequential(nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten(), nn.Linear(48, 36))
+    same(model(images), model, images)
+
+
+def test_pooling_of_a_subclass(images):
+    # It has inherited a fused path that knows nothing of its forward.
+    class Centred(AvgPooling):
+        def forward(self, a, b=None):
+            return super().forward(a - a.mean((2, 3), keepdim=True), b)
+
+    model = timm.create_model('bcnn', backbone_a='test_resnet', proj_dim=8, num_classes=5).eval()
+    plain = model(images)
+    model.head.pool = Centred((8,))
+    same(model(images), model, images)
+    assert not torch.allclose(model(images), plain)
 
 
 @pytest.mark.parametrize('name', ['pool', 'drop', 'proj_a'])

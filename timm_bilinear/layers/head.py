@@ -3,15 +3,14 @@
 from typing import Annotated, ClassVar, List, Optional
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.layers import get_device_dtype
-from timm.models import register_notrace_module
 
-from .._compat import has_global_hooks, is_wrapper_subclass
+from .._compat import FakeTensor, has_global_hooks
 from ..ops import descriptor_size
 from .arguments import Bounds, check_arguments
-from .pooling import create_pooling
-from .pooling.registry import pooling_arguments
+from .pooling import BilinearPooling, check_pooling, create_pooling, pooling_arguments
 
 __all__ = ['BilinearHead']
 
@@ -32,16 +31,35 @@ def _is_unhooked(module: nn.Module) -> bool:
     return 'forward' not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def _is_plain_tensor(x: Optional[torch.Tensor]) -> bool:
+    """Whether a tensor is dense and of no subclass (DTensor, quantised, one that intercepts functions)."""
+    return x is None or (type(x) in (torch.Tensor, nn.Parameter, FakeTensor) and x.layout is torch.strided)
+
+
 def _is_plain_linear(fc: nn.Module) -> bool:
     """Whether a classifier is its weight and bias and nothing else.
 
-    Not so a subclass (LoRA, parametrizations, quantisation-aware training), one with hooks (pruning, observers,
-    offloading, sharding) or one whose weight is not an ordinary tensor (DTensor, quantised).
+    Not so a subclass (LoRA, parametrizations, quantisation-aware training), or one with hooks (pruning, observers,
+    offloading, sharding).
     """
-    return type(fc) is nn.Linear and _is_unhooked(fc) and not is_wrapper_subclass(fc.weight)
+    is_linear = type(fc) is nn.Linear and _is_unhooked(fc)
+    return is_linear and _is_plain_tensor(fc.weight) and _is_plain_tensor(fc.bias)
 
 
-@register_notrace_module  # reason: argument checks and dispatch in the ops are not symbolically traceable
+def _is_idle_dropout(drop: nn.Module) -> bool:
+    """Whether a module before the classifier does nothing: dropout in eval mode, that is, as it is in."""
+    is_idle = type(drop) is nn.Identity or (type(drop) is nn.Dropout and not (drop.training and drop.p > 0.0))
+    return is_idle and _is_unhooked(drop)
+
+
+def _is_fusible(pool: nn.Module) -> bool:
+    """Whether a pooling's fused path is one of its own: a subclass with another `forward` needs another of them."""
+    if not isinstance(pool, BilinearPooling) or not _is_unhooked(pool):
+        return False
+    defines = [c for c in type(pool).__mro__ if 'forward' in vars(c) or 'classify' in vars(c)]
+    return 'classify' in vars(defines[0])
+
+
 class BilinearHead(nn.Module):
     """Classifier head w/ bilinear pooling, dropout and optional 1x1 projections of the features.
 
@@ -77,7 +95,11 @@ class BilinearHead(nn.Module):
             ValueError: If an argument is out of its range.
         """
         super().__init__()
-        check_arguments(BilinearHead, {k: v for k, v in locals().items() if k != 'pool_args'})
+        checked = check_arguments(BilinearHead, {k: v for k, v in locals().items() if k != 'pool_args'})
+        in_features, num_classes, proj_dim = (checked[k] for k in ('in_features', 'num_classes', 'proj_dim'))
+        in_features_b, drop_rate = checked['in_features_b'], checked['drop_rate']
+        if pool_type:
+            check_pooling(pool_type, pool_args, beside=BilinearHead)
         dd = {'device': device, 'dtype': dtype}
         self.in_features = in_features
         self.in_features_b = in_features_b
@@ -124,7 +146,7 @@ class BilinearHead(nn.Module):
         Raises:
             ValueError: If `pool_type` is unknown or `num_classes` negative.
         """
-        check_arguments(BilinearHead, dict(num_classes=num_classes))
+        num_classes = check_arguments(BilinearHead, dict(num_classes=num_classes))['num_classes']
         dd = get_device_dtype(self, device=device, dtype=dtype)
         if pool_type is not None and pool_type != self.pool_type:
             if pool_type:
@@ -138,10 +160,14 @@ class BilinearHead(nn.Module):
 
     def _can_fuse(self, x: torch.Tensor, x_b: Optional[torch.Tensor]) -> bool:
         """Whether the classifier may be merged with the pooling, and neither it, pooling nor dropout be called."""
-        if not _is_plain_linear(self.fc) or (self.training and self.drop.p > 0.0) or has_global_hooks():
+        if isinstance(x, torch.fx.Proxy) or has_global_hooks():
             return False
-        is_plain = not (is_wrapper_subclass(x) or (x_b is not None and is_wrapper_subclass(x_b)))
-        return is_plain and _is_unhooked(self.pool) and _is_unhooked(self.drop)
+        is_plain = _is_plain_tensor(x) and _is_plain_tensor(x_b)
+        return is_plain and _is_plain_linear(self.fc) and _is_idle_dropout(self.drop) and _is_fusible(self.pool)
+
+    def _check_width(self, x: torch.Tensor, x_b: Optional[torch.Tensor]):
+        if x.dim() != 4 or x.shape[1] + (0 if x_b is None else x_b.shape[1]) != self.width:
+            raise ValueError(f'Features must be (B, {self.width}, H, W), got shape {x.shape}.')
 
     def forward(
         self,
@@ -166,9 +192,10 @@ class BilinearHead(nn.Module):
             if isinstance(self.fc, nn.Linear) and not pre_logits:
                 raise ValueError("The classifier needs pooled features, but 'pool_type' is ''.")
             return x if x_b is None else torch.cat([x, x_b], dim=1)
-        width = x.shape[1] + (0 if x_b is None else x_b.shape[1])
-        if x.dim() != 4 or width != self.width:
-            raise ValueError(f'Features must be (B, {self.width}, H, W), got shape {x.shape}.')
+        if torch.jit.is_scripting():
+            self._check_width(x, x_b)
+        elif not isinstance(x, torch.fx.Proxy):  # whose shape is not known
+            self._check_width(x, x_b)
         b = x_b
         if self.proj_b is not None:
             if b is None:
@@ -180,5 +207,7 @@ class BilinearHead(nn.Module):
                 logits = self.pool.classify((a,) if b is None else (a, b), self.fc)
                 if logits is not None:
                     return logits
-        z = self.drop(self.pool(a) if b is None else self.pool(a, b))
+        # of one stream the second call is none that TorchScript compiles
+        z = self.pool(a) if self.proj_b is None else self.pool(a, b)
+        z = self.drop(z)
         return z if pre_logits else self.fc(z)

@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Annotated, Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.layers import get_device_dtype
 
 from .._compat import feature_take_indices
 from ..layers import BilinearHead
-from ..layers.arguments import Bounds, Internal, Runtime, check_arguments
+from ..layers.arguments import Bounds, Internal, Runtime, arguments_of, check_argument, check_arguments
 from ..layers.pooling import check_pooling
 from .empty import is_empty, one_image
 from .levels import can_prune, forward_levels, is_nhwc, layer_ids, pair_levels, prune_stream
 from .streams import concat_streams, create_streams, first_convs, match_grid
+
+torch.fx.wrap('concat_streams')  # nodes of FX graphs: they look at sizes
+torch.fx.wrap('match_grid')
 
 __all__ = ['BilinearCNN']
 
@@ -42,7 +46,7 @@ class BilinearCNN(nn.Module):
         drop_path_rate: Annotated[Optional[float], Bounds(0, 1)] = None,
         drop_block_rate: Annotated[Optional[float], Bounds(0, 1)] = None,
         bn_momentum: Annotated[Optional[float], Bounds(0, 1)] = None,
-        bn_eps: Annotated[Optional[float], Bounds(0, 1)] = None,
+        bn_eps: Annotated[Optional[float], Bounds(above=0, most=1)] = None,
         backbone_args: Annotated[Optional[Dict[str, Any]], Bounds(-65536, 65536)] = None,
         backbone_args_b: Annotated[Optional[Dict[str, Any]], Bounds(-65536, 65536)] = None,
         freeze_backbone: Annotated[bool, Runtime] = False,
@@ -84,10 +88,11 @@ class BilinearCNN(nn.Module):
             RuntimeError: If pretrained weights cannot be had.
         """
         super().__init__()
-        check_arguments(BilinearCNN, {k: v for k, v in locals().items() if k != 'pool_args'})
+        checked = check_arguments(BilinearCNN, {k: v for k, v in locals().items() if k != 'pool_args'})
+        num_classes, in_chans, img_size = (checked[k] for k in ('num_classes', 'in_chans', 'img_size'))
         pool_type = pool_type if global_pool is None else global_pool
         if pool_type:  # before streams are built, or their weights fetched
-            check_pooling(pool_type, pool_args)
+            pool_args = check_pooling(pool_type, pool_args, beside=BilinearCNN)
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -197,6 +202,7 @@ class BilinearCNN(nn.Module):
             global_pool: New pooling, unchanged if None.
         """
         dd = get_device_dtype(self)
+        num_classes = check_argument('num_classes', arguments_of(BilinearCNN)['num_classes'], num_classes)
         self.head.reset(min(num_classes, 0), global_pool, **dd)
         num_params = num_classes * (self.head.num_features + 1)
         if num_params > _HUGE:
@@ -206,6 +212,9 @@ class BilinearCNN(nn.Module):
             )
         self.head.reset(num_classes, **dd)
         self.num_classes = num_classes
+        # what is saved: of a new pooling, not the old one's arguments
+        args, of_model = getattr(self, '_model_args', {}), arguments_of(BilinearCNN)
+        self._model_args = {k: v for k, v in args.items() if k in of_model or k in self.head.pool_args}
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

@@ -240,6 +240,64 @@ def test_argument_errors(power, kwargs, error, message):
         create(backbone_a='test_resnet', num_classes=3, **kwargs)
 
 
+def test_reset_to_another_pooling_is_saved_as_it_is(power, tmp_path):
+    model = create(backbone_a='test_resnet', proj_dim=8, num_classes=3, pool_type='power', power=3)
+    model.reset_classifier(3, 'max')
+    save_model(model, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
+    x = images(size=64)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_arguments_arrive_as_annotated(power, tmp_path):
+    # JSON has no tuples, and numbers come from numpy too.
+    @register_pooling('levels')
+    class Levels(power):
+        def __init__(self, in_features, *, levels: Tuple[int, ...] = (1, 2), device=None, dtype=None):
+            super().__init__(in_features, device=device, dtype=dtype)
+            self.levels = (*levels, 3)
+
+    model = create(backbone_a='test_resnet', num_classes=np.int64(3), pool_type='levels', levels=(4, 5))
+    assert model.num_classes == 3 and model.head.pool.levels == (4, 5, 3)
+    save_model(model, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True)
+    assert loaded.head.pool.levels == (4, 5, 3)
+    model.reset_classifier(np.int64(7))
+    assert model.num_classes == 7 and type(model.num_classes) is int
+    assert type(create_pooling('avg', np.int64(8), eps=np.float32(1e-5)).eps) is float
+
+
+@pytest.mark.parametrize('in_features', [0, -3, True, 2.5, None, 'x', (8, 0), (8, 2.5), ('x',)], ids=str)
+def test_in_features_are_checked(in_features):
+    with pytest.raises((TypeError, ValueError), match="'in_features' must be"):
+        create_pooling('avg', in_features)
+
+
+def test_what_cannot_be_registered(power):
+    class Named(power):
+        def __init__(self, in_features, *, drop_rate: float = 0.5, device=None, dtype=None):
+            super().__init__(in_features)
+
+    class Bare(power):
+        def __init__(self, in_features):
+            super().__init__(in_features)
+
+    class Required(power):
+        def __init__(self, in_features, *, rank: int, device=None, dtype=None):
+            super().__init__(in_features)
+
+    for cls, message in ((nn.ReLU, 'subclass'), (len, 'subclass'), (Bare, "'device'"), (Required, "'rank'.*default")):
+        with pytest.raises(TypeError, match=message):
+            register_pooling('other')(cls)
+    for name in (power, 3, None):
+        with pytest.raises(TypeError, match='must be a string'):
+            register_pooling(name)
+    assert 'other' not in list_poolings()
+    register_pooling('named')(Named)
+    with pytest.raises(TypeError, match=r"'drop_rate' of pooling 'named' is one of Bilinear\w+ too"):
+        create(backbone_a='test_resnet', num_classes=3, pool_type='named')
+
+
 def test_names_are_taken_once(power):
     with pytest.raises(ValueError, match="'avg' is taken"):
         register_pooling('avg')(power)

@@ -6,11 +6,14 @@ Source: Lin, RoyChowdhury, Maji, 'Bilinear CNNs for Fine-grained Visual Recognit
 from typing import Annotated, Optional, Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 
 from ...ops import bilinear_classify, bilinear_pool, descriptor_size, fold_symmetric_weight, reference
 from ..arguments import Bounds
 from .registry import BilinearPooling, register_pooling
+
+torch.fx.wrap('bilinear_pool')  # a node of FX graphs, which its checks and its choice of a path would break
 
 __all__ = ['AvgPooling', 'ExactPooling', 'MaxPooling', 'SumPooling']
 

@@ -1,12 +1,13 @@
 """The registry of poolings: everything that takes a pooling by name finds it, and its arguments, here."""
 
 import difflib
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, TypeVar, Union
+import inspect
+from typing import Annotated, Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
 
-from ..arguments import arguments_of, check_arguments
+from ..arguments import Bounds, arguments_of, check_argument, check_arguments
 
 __all__ = [
     'BilinearPooling',
@@ -47,6 +48,8 @@ class BilinearPooling(nn.Module):
 
         Returns:
             (B, D) descriptors in the dtype of the features, computed in float32 or wider.
+
+        A subclass may take any number of maps, `forward(self, *maps)`; TorchScript wants them named as here.
         """
         raise RuntimeError(f'{type(self).__name__} has no forward.')
 
@@ -59,6 +62,7 @@ class BilinearPooling(nn.Module):
         return weight
 
 
+_IN_FEATURES = Annotated[Union[int, Tuple[int, ...]], Bounds(1)]
 _poolings: Dict[str, Type[BilinearPooling]] = {}
 _PoolingT = TypeVar('_PoolingT', bound=Type[BilinearPooling])
 
@@ -70,10 +74,14 @@ def register_pooling(name: str) -> Callable[[_PoolingT], _PoolingT]:
         name: What `create_pooling`, and `pool_type` of head and models, know it by.
 
     Raises:
+        TypeError: If the name is no string, or what is decorated is no pooling that can be created by name.
         ValueError: If another class has the name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a pooling must be a string, as in @register_pooling('mine'), got {name!r}.")
 
     def register(cls: _PoolingT) -> _PoolingT:
+        _check_pooling_class(name, cls)
         known = _poolings.get(name, cls)
         is_reloaded = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
         if not name or not is_reloaded:
@@ -82,6 +90,22 @@ def register_pooling(name: str) -> Callable[[_PoolingT], _PoolingT]:
         return cls
 
     return register
+
+
+def _check_pooling_class(name: str, cls: Any):
+    if not (isinstance(cls, type) and issubclass(cls, BilinearPooling)):
+        raise TypeError(f"Pooling '{name}' must be a subclass of BilinearPooling, got {cls!r}.")
+    parameters = inspect.signature(cls.__init__).parameters
+    try:
+        arguments = arguments_of(cls)
+    except NameError as e:
+        raise TypeError(f"An annotation of pooling '{name}' cannot be resolved: {e}.") from None
+    missing = {'in_features', 'device', 'dtype'} - set(arguments)
+    if missing:
+        raise TypeError(f"The constructor of pooling '{name}' must take '{sorted(missing)[0]}'.")
+    for argument in set(arguments) - {'in_features'}:
+        if parameters[argument].default is inspect.Parameter.empty:
+            raise TypeError(f"Argument '{argument}' of pooling '{name}' must have a default.")
 
 
 def list_poolings() -> List[str]:
@@ -107,18 +131,28 @@ def pooling_arguments(name: str) -> Dict[str, Any]:
     return {k: v for k, v in every.items() if k not in ('in_features', 'device', 'dtype')}
 
 
-def check_pooling(name: str, args: Mapping[str, Any]):
+def check_pooling(name: str, args: Mapping[str, Any], beside: Optional[Type] = None) -> Dict[str, Any]:
     """Check a pooling's name and arguments.
+
+    Args:
+        name: Its name.
+        args: Its arguments.
+        beside: Class whose constructor takes them together with its own.
+
+    Returns:
+        The arguments, as their annotations have them.
 
     Raises:
         TypeError: If the pooling has no such argument, or a value is of the wrong type.
         ValueError: If there is no such pooling, or a value is out of its bounds.
     """
     known = pooling_arguments(name)
+    if taken := set(known) & set(arguments_of(beside) if beside else ()):
+        raise TypeError(f"Argument '{min(taken)}' of pooling '{name}' is one of {beside.__name__} too.")
     if unknown := sorted(set(args) - set(known)):
         takes = f'takes {", ".join(known)}' if known else 'takes none'
         raise TypeError(f"Unknown argument '{unknown[0]}': pooling '{name}' {takes}.")
-    check_arguments(_pooling_class(name), args)
+    return check_arguments(_pooling_class(name), args)
 
 
 def create_pooling(
@@ -143,6 +177,7 @@ def create_pooling(
         TypeError: If the pooling has no such argument, or a value is of the wrong type.
         ValueError: If there is no such pooling, or a value is out of its bounds.
     """
-    check_pooling(name, args)
-    in_features = (in_features,) if isinstance(in_features, int) else tuple(in_features)
+    args = check_pooling(name, args)
+    in_features = check_argument('in_features', _IN_FEATURES, in_features)
+    in_features = (in_features,) if isinstance(in_features, int) else in_features
     return _pooling_class(name)(in_features, **args, device=device, dtype=dtype)
