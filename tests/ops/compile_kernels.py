@@ -1,6 +1,7 @@
 """Compile what the launchers launch, for GPUs that are not here, and print what the compiler made of it as JSON.
 
-Run by test_kernels_compile.py in a process of its own, because the tests' own kernels are the interpreter's.
+Run by test_kernels_compile.py in a process of its own, because the tests' own kernels are the interpreter's. After a
+change to the kernels, run it with --everything too: it takes minutes and compiles all combinations.
 """
 
 import contextlib
@@ -20,14 +21,16 @@ from timm_bilinear.ops.kernels import descriptors, gradients, maximum, path
 
 ARCHS = (80, 90)
 OPTIONS = ('num_warps', 'num_stages')
-launches = {}
+LAYOUTS = ('rows', 'columns', 'unaligned')  # rows of channels, of locations (channels_last), of 49 locations
+kernels = {}
 
 
 class Recorder:
     """Stands in for a kernel and notes how it is launched."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel, launches):
         self.kernel = kernel
+        self.launches = launches
 
     def __getitem__(self, grid):
         return self.record
@@ -45,11 +48,11 @@ class Recorder:
                 signature[param.name] = f'*{name[value.dtype]}'
                 aligned.append(i)
             elif isinstance(value, int):
-                signature[param.name] = 'i32'
+                signature[param.name] = 'i32' if value < 2**31 else 'i64'
                 aligned += [i] * (value % 16 == 0)
             else:
                 signature[param.name] = 'fp32'
-        launches[str((self.kernel.__name__, signature, constants, aligned, options))] = (
+        self.launches[str((self.kernel.__name__, signature, constants, aligned, options))] = (
             self.kernel.__name__,
             signature,
             constants,
@@ -58,30 +61,45 @@ class Recorder:
         )
 
 
-def record():
-    """Launch everything once on the CPU, into recorders."""
+def cases(arch, everything):
+    """Type, whether TF32 is allowed, pooling, two streams, small tiles, layout, and whether offsets have 64 bits.
+
+    All of them take minutes to compile. Chosen are every type with either pooling and either tiles for each GPU, and of
+    the rest another one in each, so that both GPUs together have it with every type.
+    """
+    types = (torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)
+    turn = ARCHS.index(arch)
+    for (i, (dtype, tf32)), pool, small in itertools.product(enumerate(types), ('avg', 'max'), (False, True)):
+        if pool == 'avg' or not (small or tf32):  # 'max' knows neither
+            for two, layout, wide in itertools.product((False, True), LAYOUTS, (False, True)):
+                chosen = (i + small + turn) % 2, LAYOUTS[(i + small + 2 * turn) % 3], False
+                if everything or chosen == (two, layout, wide):
+                    yield dtype, tf32, pool, two, small, layout, wide
+    yield torch.bfloat16, False, 'avg', bool(turn), False, 'rows', True
+    yield torch.float32, False, 'max', not turn, False, 'columns', True
+
+
+def record(arch, everything=False):
+    """Launches of all cases, from tensors that have no memory."""
+    launches = {}
     for module in (descriptors, gradients, maximum):
         for name in [n for n in vars(module) if n.endswith('_kernel')]:
-            kernels[name] = getattr(module, name)
-            setattr(module, name, Recorder(kernels[name]))
-    for small, pool, two, dtype, tf32, (locations, last) in itertools.product(
-        (False, True),
-        ('avg', 'max'),
-        (False, True),
-        (torch.float32, torch.bfloat16, torch.float16),
-        (False, True),
-        ((784, False), (784, True), (49, False)),  # 49 locations are unaligned only where they are innermost
-    ):
+            setattr(module, name, Recorder(kernels.setdefault(name, getattr(module, name)), launches))
+    for dtype, tf32, pool, two, small, layout, wide in cases(arch, everything):
         torch.backends.cuda.matmul.fp32_precision = 'tf32' if tf32 else 'ieee'
         descriptors._is_small = lambda programs, device, small=small: small
-        a = torch.zeros(2, 512, locations, dtype=dtype)
-        if last:
-            a = a.transpose(1, 2).contiguous().transpose(1, 2)
+        locations = 49 if layout == 'unaligned' else 784
+        stride_c, stride_n = (1, 512) if layout == 'columns' else (locations, 1)
+        if wide:
+            stride_c, stride_n = 2**26 * stride_c, 2**26 * stride_n
+        strides = 512 * locations, stride_c, stride_n
+        a = torch.empty_strided((2, 512, locations), strides, dtype=dtype, device='meta')
         b = a if two else None
-        weight = torch.zeros(3, 512 * 512 if two else 512 * 513 // 2, dtype=dtype)
+        weight = torch.empty(3, 512 * 512 if two else 512 * 513 // 2, dtype=dtype, device='meta')
         path.forward(a, b, pool, 1e-10)
         logits, *kept = path.classify(a, b, weight, weight[:, 0].clone(), pool, 1e-10)
         path.classify_backward(logits, *kept, a, b, weight, pool, 1e-10, True, True)
+    return list(launches.values())
 
 
 def compile_launch(job):
@@ -109,10 +127,7 @@ def compile_launch(job):
     )
 
 
-kernels = {}
-
 if __name__ == '__main__':
-    record()
-    jobs = list(itertools.product(ARCHS, launches.values()))
+    jobs = [(arch, launch) for arch in ARCHS for launch in record(arch, everything='--everything' in sys.argv)]
     with multiprocessing.get_context('fork').Pool(2) as pool:
         json.dump(pool.map(compile_launch, jobs, chunksize=4), sys.stdout)

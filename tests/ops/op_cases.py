@@ -44,3 +44,40 @@ def deviation(got, want, at_least=0.0):
     assert got.shape == want.shape
     assert got.isfinite().all()
     return ((got.double() - want).abs().max() / want.abs().max().clamp_min(at_least)).item()
+
+
+def float32_errors(fn, inputs, grad, want, at_least, orders=8):
+    """Largest deviations from float64 of fn's results and gradients when it runs in float32.
+
+    Every order of the locations rounds the sums in another way, so that no lucky one decides.
+    """
+    a, b, *parameters = [None if x is None else x.float() for x in inputs]
+    errors = [0.0] * len(want)
+    for _ in range(orders):
+        order = torch.randperm(a.shape[-1])
+
+        def reordered(a, b, *parameters, order=order):
+            return fn(a[..., order], None if b is None else b[..., order], *parameters)
+
+        got = run(reordered, (a, b, *parameters), grad.float())
+        errors = [max(error, deviation(*x)) for error, x in zip(errors, zip(got, want, at_least))]
+    return errors
+
+
+def rounding(dtype):
+    """What storing in a dtype may add to a result, of which half precision is stored more than once on the way."""
+    return (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+
+
+def assert_near_float64(got, fn, inputs, grad, at_least=None):
+    """The output of an op and gradients of its inputs, as `run` has them, against fn in float64.
+
+    They may be twenty times as wrong as fn in float32, which holds on every processor, and rounded to their dtype; what
+    gradients are made of, descriptors and products with the weight, is rounded to it too.
+    """
+    at_least = at_least or [0.0] * len(got)
+    want = run(fn, double(*inputs), grad)
+    errors = float32_errors(fn, inputs, grad, want, at_least)
+    for i, (x, y, error, least) in enumerate(zip(got, want, errors, at_least)):
+        limit = 20 * error + rounding(x.dtype) * (1 if i == 0 else 2)
+        assert deviation(x, y, least) < limit, f'result {i}'

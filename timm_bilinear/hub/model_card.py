@@ -133,7 +133,8 @@ def create_card(
     """
     model, data_config = trained.model, trained.data_config or {}
     head = _bilinear_head(model)
-    is_classifier = model.num_classes > 0 and (head is None or bool(head.pool_type))
+    is_pooled = get_model_args(model).get('global_pool') != '' if head is None else bool(head.pool_type)
+    is_classifier = model.num_classes > 0 and is_pooled
     task = 'image-classification' if is_classifier else 'image-feature-extraction'
     name = repo_id.split('/')[-1]
     metrics = {_METRICS[key]: f'{value:.2f} %' for key, value in trained.metrics.items() if key in _METRICS}

@@ -134,17 +134,19 @@ def _build(trained: Trained, directory: Path, repo_id: str, dataset: Optional[st
     """Write everything a repo gets, and check that it gives the model back."""
     save_model(trained.model, directory, trained.label_names, trained.data_config, half)
     create_card(trained, repo_id, dataset, license).save(directory / 'README.md')
-    loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).state_dict()
+    with torch.random.fork_rng(devices=[]):  # the caller may be in the middle of training
+        loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).state_dict()
     stored = load_file(directory / 'model.safetensors')
     for key, value in trained.model.state_dict().items():
         value = value.cpu().to(stored[key].dtype).to(loaded[key].dtype)
-        if not torch.equal(loaded[key], value):
+        if not torch.allclose(loaded[key], value, rtol=0, atol=0, equal_nan=True):
             raise RuntimeError(f"The folder built for '{repo_id}' does not give the model back: {key} differs.")
 
 
 def _copy(repo: Path, directory: Path):
     """Copy the files of a folder that is a repo already, and check that they give a model."""
-    load_trained(repo)
+    with torch.random.fork_rng(devices=[]):
+        load_trained(repo)
     directory.mkdir(parents=True, exist_ok=True)
     for path in repo.iterdir():
         if path.is_file() and not path.name.startswith('.'):

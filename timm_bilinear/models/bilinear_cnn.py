@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
-import torch.fx
 import torch.nn as nn
 from timm.layers import get_device_dtype
 
@@ -16,9 +15,6 @@ from ..layers.pooling import check_pooling
 from .empty import is_empty, one_image
 from .levels import can_prune, forward_levels, is_nhwc, layer_ids, pair_levels, prune_stream
 from .streams import concat_streams, create_streams, first_convs, match_grid
-
-torch.fx.wrap('concat_streams')  # nodes of FX graphs: they look at sizes
-torch.fx.wrap('match_grid')
 
 __all__ = ['BilinearCNN']
 

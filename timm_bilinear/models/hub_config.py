@@ -2,25 +2,48 @@
 
 import inspect
 import json
-import math
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Annotated, Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from huggingface_hub import hf_hub_download
 from timm.models import PretrainedCfg, is_model
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from .._compat import hf_split
-from ..layers.arguments import Internal, argument_problem, arguments_of, is_marked
+from ..layers.arguments import Bounds, Internal, argument_problem, arguments_of, is_marked
 from ..layers.pooling import list_poolings, pooling_arguments
 from .bilinear_cnn import BilinearCNN
 
 __all__ = ['check_hub_config']
 
 # Keys of a pretrained_cfg by which weights would come from elsewhere than the repo.
-_ELSEWHERE = ('url', 'file', 'custom_load', 'hf_hub_filename')
+_ELSEWHERE = ('url', 'file', 'state_dict', 'custom_load', 'hf_hub_filename')
+# What timm reads of a pretrained_cfg besides.
+_Size = Annotated[Optional[Tuple[int, int, int]], Bounds(1, 16384)]
+_Grid = Annotated[Optional[Tuple[int, int]], Bounds(1, 16384)]
+_Crop = Annotated[Optional[float], Bounds(above=0, most=10)]
+_Names = Optional[Union[str, Tuple[str, ...]]]
+_CFG = {
+    **dict(input_size=_Size, test_input_size=_Size, min_input_size=_Size, pool_size=_Grid, test_pool_size=_Grid),
+    **dict(crop_pct=_Crop, test_crop_pct=_Crop, crop_mode=Optional[str], interpolation=Optional[str]),
+    **dict(mean=Optional[Tuple[float, ...]], std=Annotated[Optional[Tuple[float, ...]], Bounds(above=0)]),
+    **dict(first_conv=_Names, classifier=_Names, label_offset=Annotated[Optional[int], Bounds(0, 1000)]),
+    **dict(fixed_input_size=Optional[bool]),
+}
 _LARGEST_NUMBER = 10**9
-_MOST_PARAMETERS = 4 * 10**9  # 16 GB in float32
+_MOST_BYTES = 32 * 10**9  # timm's largest has 17
+_MOST_MODULES = 12_000  # registered while two streams are built; timm's largest has 1757
+
+
+class _TooLarge(Exception):
+    """A model that is being built has grown past all bounds."""
 
 
 def _numbers(value: Any, place: str = '') -> Iterator[Tuple[str, Union[int, float]]]:
@@ -57,13 +80,48 @@ def _argument_problems(args: Dict[str, Any]) -> List[str]:
     return problems
 
 
-def _count_parameters(args: Dict[str, Any]) -> int:
-    """Parameters that a model of such arguments has, counted without making them."""
+@contextmanager
+def _bounded_growth():
+    """Context in which modules can be built up to a number, and to a size.
+
+    Raises:
+        _TooLarge: Beyond.
+    """
+    counts = dict(modules=0, bytes=0)
+
+    def count(module: nn.Module, name: str, value: Any):
+        if isinstance(value, torch.Tensor):
+            counts['bytes'] += value.numel() * value.element_size()
+        else:
+            counts['modules'] += 1
+        # streams are built twice, once to look at them
+        if counts['modules'] > _MOST_MODULES or counts['bytes'] > 2 * _MOST_BYTES:
+            raise _TooLarge(f'a model of more than {counts["modules"] - 1:,} modules or {counts["bytes"]:,} bytes')
+
+    register = (
+        register_module_module_registration_hook,
+        register_module_parameter_registration_hook,
+        register_module_buffer_registration_hook,
+    )
+    handles = [f(count) for f in register]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _size_problem(args: Dict[str, Any]) -> Optional[str]:
+    """What is wrong with the size of a model of such arguments, found without allocating it."""
     known = arguments_of(BilinearCNN)
     args = {k: v for k, v in args.items() if not is_marked(known.get(k, Any), Internal)}
-    with torch.device('meta'):
-        model = BilinearCNN(**args, device='meta')
-    return sum(p.numel() for p in model.parameters())
+    try:
+        with torch.device('meta'), _bounded_growth():
+            model = BilinearCNN(**args, device='meta')
+    except (RuntimeError, TypeError, ValueError, _TooLarge) as e:
+        return str(e)
+    size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    return f'a model of {size:,} bytes' if size > _MOST_BYTES else None
 
 
 def check_hub_config(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None):
@@ -85,23 +143,19 @@ def check_hub_config(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] =
     config = json.loads(Path(path).read_text())
     args, stored = config.get('model_args') or {}, config.get('pretrained_cfg') or {}
     problems = _argument_problems(args)
-    for values in (config, stored):
-        if problem := argument_problem(arguments_of(BilinearCNN)['num_classes'], values.get('num_classes', 0)):
-            problems.append(f'num_classes={values["num_classes"]!r} {problem}')
+    of_classes = arguments_of(BilinearCNN)['num_classes']
+    for values, known in ((config, {}), (stored, _CFG)):
+        for key, annotation in dict(known, num_classes=of_classes).items():
+            if key in values and (problem := argument_problem(annotation, values[key])):
+                problems.append(f'{key}={values[key]!r} {problem}')
     problems += [f'{key}={stored[key]!r} is not for a config to say' for key in _ELSEWHERE if stored.get(key)]
     problems += [
         f'{key}={value!r} is too large'
         for key, value in _numbers(config)
-        if not math.isfinite(value) or abs(value) > _LARGEST_NUMBER
+        if not abs(value) <= _LARGEST_NUMBER  # nor is nan
     ]
-    if not problems:
-        try:
-            count = _count_parameters(args)
-        except (RuntimeError, TypeError, ValueError) as e:
-            problems.append(str(e))
-        else:
-            if count > _MOST_PARAMETERS:
-                problems.append(f'a model of {count:,} parameters')
+    if not problems and (problem := _size_problem(args)):
+        problems.append(problem)
     if problems:
-        listed = ', '.join(problems)[:500]
+        listed = ', '.join(problem if len(problem) < 200 else f'{problem[:200]}...' for problem in problems)[:500]
         raise ValueError(f"config.json of the Hugging Face Hub repo '{cfg.hf_hub_id}' is not trusted: {listed}.")

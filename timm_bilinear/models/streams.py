@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import (
@@ -20,6 +21,7 @@ from timm.models import (
     register_notrace_function,
 )
 
+from .._compat import ordinary_tensors
 from .download import prefetch
 from .levels import narrow_stream
 from .pretrained import check_backbone_weights
@@ -90,7 +92,8 @@ def _create_features(backbone: str, device=None, dtype=None, **kwargs) -> nn.Mod
 
 def _probe(backbone: str, **kwargs) -> Union[nn.Module, Exception]:
     """A feature net on the meta device, or what keeps it from being built."""
-    with torch.random.fork_rng(devices=[]):  # one that knows no device draws its weights
+    # It may be asked for while fake tensors are made; and one that knows no device draws its weights.
+    with ordinary_tensors(), torch.random.fork_rng(devices=[]):
         try:
             probe = _create_features(backbone, **dict(kwargs, device='meta'))
             return probe if probe.feature_info.info else NotImplementedError('it has no feature levels')
@@ -303,6 +306,9 @@ def match_grid(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, C, min(H, Ho), min(W, Wo)); `x` itself if its grid is no finer.
     """
+    if not torch.jit.is_scripting():
+        if isinstance(x, torch.fx.Proxy):  # a node of the graph, which does not know sizes
+            return x.tracer.create_proxy('call_function', match_grid, (x, other), {})
     height, width = min(x.shape[2], other.shape[2]), min(x.shape[3], other.shape[3])
     if x.shape[2] == height and x.shape[3] == width:
         return x

@@ -13,8 +13,6 @@ from ...ops import bilinear_classify, bilinear_pool, descriptor_size, fold_symme
 from ..arguments import Bounds
 from .registry import BilinearPooling, register_pooling
 
-torch.fx.wrap('bilinear_pool')  # a node of FX graphs, which its checks and its choice of a path would break
-
 __all__ = ['AvgPooling', 'ExactPooling', 'MaxPooling', 'SumPooling']
 
 
@@ -50,6 +48,9 @@ class ExactPooling(BilinearPooling):
     def forward(self, a: torch.Tensor, b: Optional[torch.Tensor] = None) -> torch.Tensor:
         if torch.jit.is_scripting():  # TorchScript takes neither the ops' keyword-only arguments nor their checks
             return reference.bilinear_pool(a, b, self.reduction, self.eps)
+        if isinstance(a, torch.fx.Proxy):  # a node of the graph: the op's checks and its choice of a path end a trace
+            settings = dict(pool=self.reduction, eps=self.eps)
+            return a.tracer.create_proxy('call_function', bilinear_pool, (a, b), settings)
         return bilinear_pool(a, b, pool=self.reduction, eps=self.eps)
 
     def classify(self, maps: Tuple[torch.Tensor, ...], fc: nn.Linear) -> Optional[torch.Tensor]:

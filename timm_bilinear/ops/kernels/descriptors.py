@@ -13,11 +13,13 @@ from .tiles import (
     Config,
     dot,
     in_range,
+    is_wide,
     largest,
     power_of_two,
     precision,
     store_descriptor,
     tile_of,
+    widened,
 )
 
 __all__ = ['descriptors', 'norms']
@@ -55,6 +57,7 @@ def _forward_kernel(
     AGAIN: tl.constexpr,
     HALF: tl.constexpr,
     MAX: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -81,11 +84,12 @@ def _forward_kernel(
             scale_a = power_of_two(tl.sqrt(squares / size))
             scale_b = scale_a
         else:
-            scale_a = power_of_two(largest(a_ptr, channels_a, locations, stride_ac, stride_an, BLOCK_I, BLOCK_N))
+            scale_a = power_of_two(largest(a_ptr, channels_a, locations, stride_ac, stride_an, WIDE, BLOCK_I, BLOCK_N))
             if SYMMETRIC:
                 scale_b = scale_a
             else:
-                scale_b = power_of_two(largest(b_ptr, channels_b, locations, stride_bc, stride_bn, BLOCK_J, BLOCK_N))
+                scale_b = largest(b_ptr, channels_b, locations, stride_bc, stride_bn, WIDE, BLOCK_J, BLOCK_N)
+                scale_b = power_of_two(scale_b)
         tl.store(scale_ptr + 2 * image, scale_a)
         tl.store(scale_ptr + 2 * image + 1, scale_b)
         eps = tl.maximum(eps / scale_a / scale_b, 1e-30)
@@ -102,8 +106,8 @@ def _forward_kernel(
         z, _ = max_tile(
             a_ptr,
             b_ptr,
-            i,
-            j,
+            widened(i, WIDE),
+            widened(j, WIDE),
             channels_a,
             channels_b,
             locations,
@@ -118,25 +122,31 @@ def _forward_kernel(
         )
     else:
         n = tl.arange(0, BLOCK_N)
-        a_ptrs = a_ptr + i[:, None] * stride_ac + n[None, :] * stride_an
-        b_ptrs = b_ptr + n[:, None] * stride_bn + j[None, :] * stride_bc
+        if not WIDE:
+            a_ptrs = a_ptr + i[:, None] * stride_ac + n[None, :] * stride_an
+            b_ptrs = b_ptr + n[:, None] * stride_bn + j[None, :] * stride_bc
         z = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         for n0 in range(0, locations, BLOCK_N):
             keep = n0 + n < locations
+            if WIDE:  # pointers of 64-bit offsets, kept from step to step, would take too many registers
+                n_ = widened(n0 + n, WIDE)
+                a_ptrs = a_ptr + widened(i, WIDE)[:, None] * stride_ac + n_[None, :] * stride_an
+                b_ptrs = b_ptr + n_[:, None] * stride_bn + widened(j, WIDE)[None, :] * stride_bc
             a = tl.load(a_ptrs, mask=(i < channels_a)[:, None] & keep[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=keep[:, None] & (j < channels_b)[None, :], other=0.0)
             if AGAIN and not HALF:
                 a = (a * inverse_a).to(a.dtype)
                 b = (b * inverse_b).to(b.dtype)
             z = dot(a, b, z, PRECISION)
-            a_ptrs += BLOCK_N * stride_an
-            b_ptrs += BLOCK_N * stride_bn
+            if not WIDE:
+                a_ptrs += BLOCK_N * stride_an
+                b_ptrs += BLOCK_N * stride_bn
     z = z * inverse_divisor
     if AGAIN and HALF:
         z = z / scale_a / scale_b
     if AGAIN:
         first_ptr = second_ptr
-    store_descriptor(z, i, j, y_ptr, first_ptr + tile, channels_a, channels_b, eps, SYMMETRIC)
+    store_descriptor(z, i, j, row * BLOCK_I, y_ptr, first_ptr + tile, channels_a, channels_b, eps, SYMMETRIC)
 
 
 @triton.jit
@@ -231,6 +241,7 @@ def descriptors(
             AGAIN=again,
             HALF=a.dtype == torch.float16,
             MAX=pool == 'max',
+            WIDE=is_wide(a, b),
             PRECISION=precision(a.dtype),
             BLOCK_I=config.block_i,
             BLOCK_J=config.block_j,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .maximum import CONFIG as MAX
 from .maximum import max_backward_kernel, max_locations
-from .tiles import Config, dot, packed_place, precision, slope
+from .tiles import Config, dot, is_wide, packed_place, precision, slope, widened
 
 __all__ = ['feature_gradients', 'logit_gradients']
 
@@ -41,7 +41,7 @@ def _logit_gradient_kernel(
     entry, which no dtype overflows on: dY = c1 u - c2 Y. The weight's gradient takes r g, times `w_factor`.
     """
     image = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     along = tl.zeros((BLOCK,), tl.float32)
     for k0 in range(0, classes, BLOCK):
@@ -93,6 +93,7 @@ def _backward_kernel(
     stride_on,
     STREAM: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    WIDE: tl.constexpr,
     DOT: tl.constexpr,
     LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -107,9 +108,9 @@ def _backward_kernel(
     tile = tl.program_id(0) % (row_blocks * n_blocks)
     image = (tl.program_id(0) // (row_blocks * n_blocks)).to(tl.int64)
     i0 = (tile // n_blocks) * BLOCK_I
-    i = i0 + tl.arange(0, BLOCK_I)
-    n = (tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j_ = tl.arange(0, BLOCK_J)
+    i = widened(i0 + tl.arange(0, BLOCK_I), WIDE)
+    n = widened((tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
+    j_ = widened(tl.arange(0, BLOCK_J), WIDE)
     u_ptr += image * size
     y_ptr += image * size
     x_ptr += image * stride_xb
@@ -202,7 +203,7 @@ def feature_gradients(
         row_blocks, n_blocks, constants = _launch(like, config)
         shape = (like.shape[1], x.shape[1], like.shape[2], y.shape[1], row_blocks, n_blocks)
         strides = (*((x.shape[1], 1) if stream == 0 else (1, like.shape[1])), *x.stride(), *out.stride())
-        constants.update(STREAM=stream, SYMMETRIC=b is None)
+        constants.update(STREAM=stream, SYMMETRIC=b is None, WIDE=is_wide(like, x, out))
         grid = (like.shape[0] * row_blocks * n_blocks,)
         if pool == 'max':
             max_backward_kernel[grid](u, y, coefficients, scale, location, x, out, *shape, *strides, **constants)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..packing import packed_size
-from .tiles import Config, packed_place, slope, tile_of
+from .tiles import Config, is_wide, packed_place, places, slope, tile_of, widened
 
 __all__ = ['CONFIG', 'max_backward_kernel', 'max_locations', 'max_tile']
 
@@ -68,6 +68,7 @@ def _max_location_kernel(
     stride_bc,
     stride_bn,
     SYMMETRIC: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -79,8 +80,8 @@ def _max_location_kernel(
     _, location = max_tile(
         a_ptr + image * stride_ab,
         b_ptr + image * stride_bb,
-        i,
-        j,
+        widened(i, WIDE),
+        widened(j, WIDE),
         channels_a,
         channels_b,
         locations,
@@ -95,13 +96,12 @@ def _max_location_kernel(
     )
     i = i[:, None]
     j = j[None, :]
+    first, place = places(i, j, row * BLOCK_I, channels_a, channels_b, SYMMETRIC)
     if SYMMETRIC:
         keep = (i <= j) & (j < channels_a)
-        place = packed_place(i, j, channels_a)
     else:
         keep = (i < channels_a) & (j < channels_b)
-        place = i * channels_b + j
-    tl.store(location_ptr + image * size + place, location, mask=keep)
+    tl.store(location_ptr + image * size + first + place, location, mask=keep)
 
 
 def max_locations(a: torch.Tensor, b: Optional[torch.Tensor], y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -124,6 +124,7 @@ def max_locations(a: torch.Tensor, b: Optional[torch.Tensor], y: torch.Tensor, s
         *a.stride(),
         *x.stride(),
         SYMMETRIC=b is None,
+        WIDE=is_wide(a, b),
         BLOCK_I=CONFIG.block_i,
         BLOCK_J=CONFIG.block_j,
         num_warps=CONFIG.num_warps,
@@ -156,6 +157,7 @@ def max_backward_kernel(
     stride_on,
     STREAM: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    WIDE: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -166,15 +168,16 @@ def max_backward_kernel(
     """
     tile = tl.program_id(0) % (row_blocks * n_blocks)
     image = (tl.program_id(0) // (row_blocks * n_blocks)).to(tl.int64)
-    i = (tile // n_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
-    n = (tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = widened((tile // n_blocks) * BLOCK_I + tl.arange(0, BLOCK_I), WIDE)
+    n = widened((tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     x_ptrs = x_ptr + image * stride_xb + n * stride_xn
     inverse = 1.0 / tl.load(scale_ptr + 2 * image + (1 - STREAM))
     c1 = tl.load(coefficients_ptr + 3 * image)
     c2 = tl.load(coefficients_ptr + 3 * image + 1)
     root = tl.load(coefficients_ptr + 3 * image + 2)
     acc = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
-    for j in range(0, channels_x):
+    for channel in range(0, channels_x):
+        j = widened(channel, WIDE)
         if SYMMETRIC:
             place = packed_place(tl.minimum(i, j), tl.maximum(i, j), channels)
         else:

@@ -2,7 +2,7 @@
 
 import os
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import triton
@@ -12,14 +12,17 @@ __all__ = [
     'Config',
     'dot',
     'in_range',
+    'is_wide',
     'largest',
     'on_device_of',
     'packed_place',
+    'places',
     'power_of_two',
     'precision',
     'slope',
     'store_descriptor',
     'tile_of',
+    'widened',
 ]
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.9): there the product is of float32.
@@ -44,6 +47,13 @@ def precision(dtype: torch.dtype) -> str:
     return 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'tf32x3'
 
 
+def is_wide(a: torch.Tensor, b: Optional[torch.Tensor], *gradients: torch.Tensor) -> bool:
+    """Whether offsets within an image need 64 bits: those of its features, (B, C, N), or of its channel pairs."""
+    x = a if b is None else b
+    offsets = [(t.shape[1] - 1) * t.stride(1) + (t.shape[2] - 1) * t.stride(2) for t in (a, x, *gradients)]
+    return max(a.shape[1] * x.shape[1], *offsets) >= 2**31
+
+
 def on_device_of(x: torch.Tensor):
     """Context in which kernels start on the device of x, not on the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -59,9 +69,28 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def widened(index, WIDE: tl.constexpr):
+    """An index, of 64 bits where its product with a stride may not fit in 32."""
+    return tl.cast(index, tl.int64) if WIDE else index
+
+
+@triton.jit
 def packed_place(i, j, channels):
     """Place of (i, j), i <= j, in the packed triangle."""
     return i * (2 * channels - 1 - i) // 2 + j
+
+
+@triton.jit
+def places(i, j, row, channels_a, channels_b, SYMMETRIC: tl.constexpr):
+    """Place of the first pair of channel `row`, of 64 bits, and from there those of (i, j), a few rows on, of 32."""
+    row_ = tl.cast(row, tl.int64)
+    if SYMMETRIC:
+        first = packed_place(row_, row_, channels_a)
+        place = packed_place(i - row, j - row, channels_a - row)  # what is below a row is a triangle too
+    else:
+        first = row_ * channels_b
+        place = (i - row) * channels_b + j
+    return first, place
 
 
 @triton.jit
@@ -89,10 +118,19 @@ def power_of_two(x):
 
 
 @triton.jit
-def largest(x_ptr, channels, locations, stride_c, stride_n, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def largest(
+    x_ptr,
+    channels,
+    locations,
+    stride_c,
+    stride_n,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Largest magnitude of one image's features."""
-    c = tl.arange(0, BLOCK_C)
-    n = tl.arange(0, BLOCK_N)
+    c = widened(tl.arange(0, BLOCK_C), WIDE)
+    n = widened(tl.arange(0, BLOCK_N), WIDE)
     magnitude = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     for c0 in range(0, channels, BLOCK_C):
         for n0 in range(0, locations, BLOCK_N):
@@ -122,6 +160,7 @@ def store_descriptor(
     z,
     i,
     j,
+    row,
     y_ptr,
     partial_ptr,
     channels_a,
@@ -129,24 +168,23 @@ def store_descriptor(
     eps,
     SYMMETRIC: tl.constexpr,
 ):
-    """Signed square root of a tile of Z, packed and stored, and its sum of squares.
+    """Signed square root of a tile of Z whose first row is `row`, packed and stored, and its sum of squares.
 
     Packed off-diagonals sqrt(2) Y are the same formula with 2 Z and 2 eps for Z and eps.
     """
     i = i[:, None]
     j = j[None, :]
+    first, place = places(i, j, row, channels_a, channels_b, SYMMETRIC)
     if SYMMETRIC:
         keep = (i <= j) & (j < channels_a)
-        place = packed_place(i, j, channels_a)
         factor = tl.where(i == j, 1.0, 2.0)
     else:
         keep = (i < channels_a) & (j < channels_b)
-        place = i * channels_b + j
         factor = 1.0
     z = z * factor
     eps = eps * factor
     y = z / (tl.sqrt(tl.abs(z) + eps) + tl.sqrt(eps))
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(y_ptr + first + place, y.to(y_ptr.dtype.element_ty), mask=keep)
     tl.store(partial_ptr, tl.sum(tl.where(keep, y * y, 0.0)))
 
 
