@@ -26,9 +26,8 @@ SMALL = Annotated[int, Bounds(1, 9)]
         (Literal[1, 'x'], [1, 'x'], [True, 1.0, 'y']),
         (bool, [True], [1, 'true', None]),
         (int | None, [None, 1], ['x']),
-        (Any, [object()], []),
+        (Any, [print], []),
     ],
-    ids=str,
 )
 def test_values(annotation, good, bad):
     assert [argument_problem(annotation, value) for value in good] == [None] * len(good)

@@ -98,8 +98,7 @@ class BilinearHead(nn.Module):
         checked = check_arguments(BilinearHead, {k: v for k, v in locals().items() if k != 'pool_args'})
         in_features, num_classes, proj_dim = (checked[k] for k in ('in_features', 'num_classes', 'proj_dim'))
         in_features_b, drop_rate = checked['in_features_b'], checked['drop_rate']
-        if pool_type:
-            check_pooling(pool_type, pool_args, beside=BilinearHead)
+        pool_args = check_pooling(pool_type, pool_args, beside=BilinearHead)
         dd = {'device': device, 'dtype': dtype}
         self.in_features = in_features
         self.in_features_b = in_features_b

@@ -87,8 +87,8 @@ class BilinearCNN(nn.Module):
         checked = check_arguments(BilinearCNN, {k: v for k, v in locals().items() if k != 'pool_args'})
         num_classes, in_chans, img_size = (checked[k] for k in ('num_classes', 'in_chans', 'img_size'))
         pool_type = pool_type if global_pool is None else global_pool
-        if pool_type:  # before streams are built, or their weights fetched
-            pool_args = check_pooling(pool_type, pool_args, beside=BilinearCNN)
+        # before streams are built, or their weights fetched
+        pool_args = check_pooling(pool_type, pool_args, beside=BilinearCNN)
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans

@@ -135,7 +135,7 @@ def check_pooling(name: str, args: Mapping[str, Any], beside: Optional[Type] = N
     """Check a pooling's name and arguments.
 
     Args:
-        name: Its name.
+        name: Its name; '' for no pooling yet, with the arguments of one that may be set later.
         args: Its arguments.
         beside: Class whose constructor takes them together with its own.
 
@@ -146,6 +146,11 @@ def check_pooling(name: str, args: Mapping[str, Any], beside: Optional[Type] = N
         TypeError: If the pooling has no such argument, or a value is of the wrong type.
         ValueError: If there is no such pooling, or a value is out of its bounds.
     """
+    if not name:
+        every = {arg for pooling in list_poolings() for arg in pooling_arguments(pooling)}
+        if unknown := sorted(set(args) - every):
+            raise TypeError(f"Unknown argument '{unknown[0]}': no pooling takes it.")
+        return dict(args)
     known = pooling_arguments(name)
     if taken := set(known) & set(arguments_of(beside) if beside else ()):
         raise TypeError(f"Argument '{min(taken)}' of pooling '{name}' is one of {beside.__name__} too.")
