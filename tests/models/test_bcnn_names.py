@@ -1,7 +1,7 @@
 """Every registered name builds one network, however it is asked for, and is what it was when saved and loaded back."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -125,11 +125,13 @@ def test_architecture_does_not_depend_on_the_tag():
 
 
 def test_config_of_bcnn_given_as_an_object():
-    # It is what it says, not what the backbones say.
+    # It is what it says, not what the backbones say; but the registered one says nothing of them.
+    registered = get_pretrained_cfg('bcnn')
     cfg = timm.create_model('bcnn', backbone_a='test_vit', device='meta').pretrained_cfg
-    for given in (cfg, get_pretrained_cfg('bcnn'), asdict(get_pretrained_cfg('bcnn'))):
+    other = replace(registered, mean=(0.1, 0.2, 0.3))
+    means = [(cfg, cfg['mean']), (registered, cfg['mean']), (asdict(registered), cfg['mean'])]
+    for given, mean in (*means, (other, other.mean), (asdict(other), other.mean)):
         model = timm.create_model('bcnn', backbone_a='test_vit', pretrained_cfg=given, device='meta')
-        mean = given['mean'] if isinstance(given, dict) else given.mean
         assert model.pretrained_cfg['mean'] == mean
 
 
