@@ -228,7 +228,9 @@ def test_frozen_and_unfrozen(model, images):
 
 def test_fx(model, images):
     name, want = model.pretrained_cfg['classifier'], model(images)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), want, atol=1e-5, rtol=1e-4)
+    traced = torch.fx.symbolic_trace(model)
+    for graph in (traced, torch.jit.script(traced)):
+        torch.testing.assert_close(graph(images), want, atol=1e-5, rtol=1e-4)
     for create in (create_feature_extractor, timm_create_feature_extractor):
         out = create(model, {name: 'logits'})(images)['logits']
         torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-4)

@@ -16,6 +16,13 @@ from .registry import BilinearPooling, register_pooling
 __all__ = ['AvgPooling', 'ExactPooling', 'MaxPooling', 'SumPooling']
 
 
+def exact_pool(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, eps: float) -> torch.Tensor:
+    """`timm_bilinear.ops.bilinear_pool`, as TorchScript takes it, which knows neither its keywords nor its checks."""
+    if torch.jit.is_scripting():
+        return reference.bilinear_pool(a, b, pool, eps)
+    return bilinear_pool(a, b, pool=pool, eps=eps)
+
+
 class ExactPooling(BilinearPooling):
     """Outer product per location, pooled, signed square root, L2 norm; packed if one stream is paired with itself."""
 
@@ -46,12 +53,10 @@ class ExactPooling(BilinearPooling):
         self.reduction = type(self).reduction  # an attribute of its own, for TorchScript
 
     def forward(self, a: torch.Tensor, b: Optional[torch.Tensor] = None) -> torch.Tensor:
-        if torch.jit.is_scripting():  # TorchScript takes neither the ops' keyword-only arguments nor their checks
-            return reference.bilinear_pool(a, b, self.reduction, self.eps)
-        if isinstance(a, torch.fx.Proxy):  # a node of the graph: the op's checks and its choice of a path end a trace
-            settings = dict(pool=self.reduction, eps=self.eps)
-            return a.tracer.create_proxy('call_function', bilinear_pool, (a, b), settings)
-        return bilinear_pool(a, b, pool=self.reduction, eps=self.eps)
+        if not torch.jit.is_scripting():
+            if isinstance(a, torch.fx.Proxy):  # a node of the graph: the op's checks and choice of a path end a trace
+                return a.tracer.create_proxy('call_function', exact_pool, (a, b, self.reduction, self.eps), {})
+        return exact_pool(a, b, self.reduction, self.eps)
 
     def classify(self, maps: Tuple[torch.Tensor, ...], fc: nn.Linear) -> Optional[torch.Tensor]:
         a, b = maps if len(maps) == 2 else (maps[0], None)
