@@ -1,4 +1,4 @@
-"""Pretrained weights: the one checkpoint filter, and what is believed of a config from the Hub."""
+"""Pretrained weights: the one checkpoint filter, and where complete weights come from."""
 
 import re
 from pathlib import Path
