@@ -306,3 +306,18 @@ def test_channels(tmp_path, in_chans, name):
             assert torch.equal(loaded(image[None]), model.eval()(image[None]))
         # and back to colours, as timm adapts them
         assert timm.create_model(f'local-dir:{folder}', pretrained=True, in_chans=3).in_chans == 3
+
+
+def test_push_leaves_the_random_state(model, tmp_path):
+    # A push in the middle of training must not change the run.
+    before = torch.get_rng_state()
+    hub.push_to_hub(model, 'me/m', dry_run=tmp_path / 'first')
+    hub.push_to_hub(tmp_path / 'first', 'me/m', dry_run=tmp_path / 'second')
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_card_of_an_unpooled_timm_model_is_no_classifiers(tmp_path):
+    plain = timm.create_model('test_convnext', global_pool='', num_classes=3)
+    folder = hub.push_to_hub(plain, 'me/m', dry_run=tmp_path / 'm')
+    with open(f'{folder}/README.md') as f:
+        assert 'pipeline_tag: image-feature-extraction' in f.read()
