@@ -1,65 +1,90 @@
-"""The timm-bilinear command."""
+"""The timm-bilinear command: parsers and error lines. Torch is imported by what a command runs, never for its help."""
 
 import argparse
+import importlib
+import os
 import runpy
 import sys
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
-from timm.utils import ParseKwargs
+from .tools.options import check_value
+from .tools.settings import AMP_DTYPES, Settings, TrainAug
 
 __all__ = ['main']
 
+_MODEL_HELP = (
+    "folder, checkpoint of finetune or of timm's train script, hf-hub:OWNER/NAME, or a registered name with weights"
+)
 
-def _finetune(args: argparse.Namespace):
-    from .tools.finetune import finetune
-
-    args = vars(args)
-    args['train_aug'] = {k: args.pop(k) for k in ('scale', 'ratio', 'hflip', 'color_jitter')}
-    metrics = finetune(**args)
-    print(', '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k, v in metrics.items()))
-    print(f"Saved to '{args['output']}': timm.create_model('local-dir:{args['output']}', pretrained=True)")
+_LABELS_HELP = 'class names in the order of the logits, one in each line or as a JSON list (default: those of the run)'
 
 
-def _benchmark_head(args: argparse.Namespace):
-    from .tools.benchmark import benchmark_head
-
-    print(benchmark_head(args.output, args.repeats, args.device))
-
-
-def _benchmark_model(args: argparse.Namespace):
-    from .tools.benchmark import benchmark_model
-
-    print(benchmark_model(args.output, args.repeats, args.device))
+def _function(module: str, name: str):
+    """A function of a tool, which is imported now."""
+    return getattr(importlib.import_module(f'.{module}', __package__), name)
 
 
-def _benchmark_poolings(args: argparse.Namespace):
-    from .tools.benchmark import benchmark_poolings
+def _finetune(args: argparse.Namespace) -> Optional[int]:
+    given = vars(args)
+    augmentation = {f.name: given.pop(f.name) for f in fields(TrainAug) if f.name in given}
+    if augmentation:
+        given['train_aug'] = augmentation
+    if 'output' not in given:
+        raise _usage_error('finetune', 'the following arguments are required: --output')
+    if 'data_dir' not in given and 'resume' not in given:
+        raise _usage_error('finetune', 'the following arguments are required: DATA (or --resume)')
+    try:
+        Settings.of(given)
+    except (TypeError, ValueError) as e:  # before torch is imported
+        raise _usage_error('finetune', str(e)) from None
+    output = given['output']
+    metrics = _function('tools.finetune', 'finetune')(**given)
+    if metrics and given.get('log_format') != 'json' and os.environ.get('RANK', '0') == '0':
+        print(', '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k, v in metrics.items()))
+        print(f"Saved to '{output}'. timm-bilinear predict {output} IMAGE... says what images show.")
 
-    print(benchmark_poolings(args.output, args.repeats, args.device))
+
+def _read_label_names(args: argparse.Namespace) -> Dict[str, Any]:
+    """Arguments of a command, with the names that are in the file of `--label-names`."""
+    given = vars(args)
+    if given['label_names'] is not None:
+        given['label_names'] = _function('hub.labels', 'read_label_names')(given['label_names'])
+    return given
+
+
+def _evaluate(args: argparse.Namespace):
+    metrics = _function('tools.evaluate', 'evaluate')(**_read_label_names(args))
+    print(_function('tools.evaluate', 'format_metrics')(metrics))
+
+
+def _predict(args: argparse.Namespace) -> Optional[int]:
+    return _function('tools.predict', 'run_predict')(**_read_label_names(args))
+
+
+def _export(args: argparse.Namespace) -> Optional[int]:
+    return _function('tools.export', 'run_export')(**_read_label_names(args))
+
+
+def _benchmark(args: argparse.Namespace):
+    print(_function('tools.benchmark', f'benchmark_{args.what}')(args.output, args.repeats, args.device))
 
 
 def _push(args: argparse.Namespace):
-    from .hub import push_to_hub
-    from .hub.client import file_hashes
-    from .hub.labels import read_label_names
-
-    args = vars(args)
-    if args['label_names'] is not None:
-        args['label_names'] = read_label_names(args['label_names'])
-    where = push_to_hub(args.pop('checkpoint'), args.pop('repo'), **args)
-    if args['dry_run'] is None:
+    given = _read_label_names(args)
+    where = _function('hub', 'push_to_hub')(given.pop('checkpoint'), given.pop('repo'), **given)
+    if given['dry_run'] is None:
         print(f'Pushed to {where}')
         return
+    file_hashes = _function('hub.client', 'file_hashes')
     print(f"Written to '{where}', nothing was sent:")
     for path in sorted(Path(where).iterdir()):
         print(f'  {path.name}: {path.stat().st_size:,} bytes, sha256 {file_hashes(path)[0]}')
 
 
 def _prepare(args: argparse.Namespace):
-    from .data.prepare import prepare
-
-    counts = prepare(args.dataset, args.src, args.dst)
+    counts = _function('data.prepare', 'prepare')(args.dataset, args.src, args.dst)
     print(f"'{args.dst}': " + ', '.join(f'{k} {v}' for k, v in counts.items()))
 
 
@@ -69,58 +94,242 @@ def _run(argv: List[str]):
         sys.exit('usage: timm-bilinear run SCRIPT ARGS...')
     if not Path(argv[0]).is_file():
         sys.exit(f"timm-bilinear: error: there is no script '{argv[0]}'")
+    importlib.import_module('.models', __package__)
     sys.argv = argv
     sys.path.insert(0, str(Path(argv[0]).resolve().parent))
     runpy.run_path(argv[0], run_name='__main__')
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='timm-bilinear', description='Bilinear CNNs for timm.')
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+class _KeywordArguments(argparse.Action):
+    """NAME=VALUE pairs as a dict; values that are Python literals become what they are."""
 
-    p = commands.add_parser('finetune', help='fine-tune a model on an image folder')
+    def __call__(self, parser, namespace, values, option_string=None):
+        arguments: Dict[str, Any] = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values:
+            name, equals, value = pair.partition('=')
+            if not equals or not name.isidentifier():
+                parser.error(f"argument {option_string}: '{pair}' is not NAME=VALUE")
+            arguments[name] = _literal(value)
+        setattr(namespace, self.dest, arguments)
+
+
+def _literal(text: str) -> Any:
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {'true': True, 'false': False, 'none': None, 'null': None}.get(text.lower(), text)
+
+
+class _VersionAction(argparse.Action):
+    """Versions of this package and of what its results depend on, read without importing any."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(
+            option_strings,
+            argparse.SUPPRESS,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help='versions of timm_bilinear, timm, torch and Python',
+        )
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        told = []
+        for name in ('timm_bilinear', 'timm', 'torch', 'torchvision', 'huggingface_hub'):
+            try:
+                told.append(f'{name} {version(name)}')
+            except PackageNotFoundError:
+                told.append(f'{name} not installed')
+        print(', '.join([*told, f'Python {platform.python_version()}']))
+        parser.exit()
+
+
+class _CommandError(Exception):
+    """Wrong arguments of a command: it and the message of argparse."""
+
+
+def _usage_error(command: str, message: str) -> _CommandError:
+    return _CommandError(command, message)
+
+
+def _number(setting: Field):
+    """Converter of one value of a setting, which refuses it by name if it is out of range."""
+    kind = setting.metadata['type']
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            word = {int: 'a whole number', float: 'a number'}.get(kind, kind.__name__)
+            raise argparse.ArgumentTypeError(f'must be {word}, got {text!r}') from None
+        if setting.metadata.get('nargs') is None:
+            try:
+                check_value(setting, value)
+            except (TypeError, ValueError) as e:
+                raise argparse.ArgumentTypeError(str(e).split("' ", 1)[-1].rstrip('.')) from None
+        return value
+
+    return convert
+
+
+def _add_setting(parser: argparse.ArgumentParser, setting: Field):
+    """Option of a setting, which is left out of the result if it is not given."""
+    metadata = dict(setting.metadata)
+    if not metadata.get('cli', True):
+        return
+    default = None if setting.default is MISSING else setting.default
+    text = metadata['help'].replace('%', '%%')
+    kind = metadata['type']
+    if default is not None and default is not False and '(default' not in text:
+        shown = (
+            'yes'
+            if default is True
+            else ' '.join(f'{v:.4g}' for v in default)
+            if isinstance(default, tuple)
+            else default
+        )
+        text += f' (default: {shown})'
+    options: Dict[str, Any] = dict(help=text, default=argparse.SUPPRESS, dest=setting.name)
+    flag = metadata.get('flag', setting.name).replace('_', '-')
+    flags = [f'--{flag}'] + ([f'--{setting.name.replace("_", "-")}'] if 'flag' in metadata else [])
+    if kind is bool and default is True:
+        options['action'] = argparse.BooleanOptionalAction
+    elif kind is bool:
+        options['action'] = 'store_true'
+    elif kind is dict:
+        options.update(action=_KeywordArguments, nargs=metadata.get('nargs', '*'), metavar=metadata.get('metavar'))
+    else:
+        options['type'] = str if kind is str else _number(setting)
+        options.update({key: metadata[key] for key in ('nargs', 'metavar', 'choices') if key in metadata})
+    parser.add_argument(*flags, **options)
+
+
+def _add_finetune(commands):
+    usage = 'timm-bilinear finetune DATA --output DIR [OPTIONS]'
+    p = commands.add_parser('finetune', usage=usage, help='fine-tune a model on images')
     p.set_defaults(run=_finetune)
-    p.add_argument('data_dir', help='folder with train, val and optionally test, each with a folder per class')
-    p.add_argument('--output', required=True, help='folder for the model, its checkpoints and summary.csv')
-    p.add_argument('--model', default='bcnn_resnet18', help='timm model name (default: %(default)s)')
-    p.add_argument('--pretrained', action=argparse.BooleanOptionalAction, default=True, help='start from weights')
-    p.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='model arguments, name=value')
-    p.add_argument('--img-size', type=int, help="input height and width (default: the model's)")
-    p.add_argument('--train-size', type=int, help='height and width of the crops trained on (default: --img-size)')
-    p.add_argument('--batch-size', type=int, default=32)
-    p.add_argument('--epochs', type=int, default=30, help='epochs with everything trained (default: %(default)s)')
-    p.add_argument(
-        '--head-epochs', type=int, default=30, help='before them, with frozen streams, if pretrained (default: 30)'
-    )
-    p.add_argument('--smoothing', type=float, default=0.1, help='label smoothing (default: %(default)s)')
-    p.add_argument('--scale', type=float, nargs=2, default=(0.3, 1.0), help='area of random crops (default: 0.3 1)')
-    p.add_argument('--ratio', type=float, nargs=2, default=(3 / 4, 4 / 3), help='aspect of random crops')
-    p.add_argument('--hflip', type=float, default=0.5, help='probability of a flip (default: %(default)s)')
-    p.add_argument('--color-jitter', type=float, default=0.4, help='strength (default: %(default)s)')
-    p.add_argument('--amp-dtype', choices=('bfloat16',), help='train under autocast')
-    p.add_argument('--workers', type=int, default=2, help='loader processes (default: %(default)s)')
-    p.add_argument('--device', help='default: a GPU if there is one')
-    p.add_argument('--seed', type=int, default=42)
-    p.add_argument('--resume', action='store_true', help='continue the run in --output')
+    settings = {f.name: f for f in fields(Settings)}
+    data_dir = settings.pop('data_dir')
+    p.add_argument('data_dir', nargs='?', default=argparse.SUPPRESS, metavar='DATA', help=data_dir.metadata['help'])
+    for setting in settings.values():
+        if setting.name == 'train_aug':
+            for part in fields(TrainAug):
+                _add_setting(p, part)
+        else:
+            _add_setting(p, setting)
 
+
+def _add_inference_options(p: argparse.ArgumentParser, workers: str):
+    p.add_argument('--batch-size', type=_positive, default=32, help='images at a time (default: %(default)s)')
+    p.add_argument(
+        '--amp',
+        choices=AMP_DTYPES,
+        default='auto',
+        help='precision; auto: bfloat16 where the device has it (default: %(default)s)',
+    )
+    p.add_argument('--workers', type=_not_negative, help=f'{workers} (default: by the cores)')
+    p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
+    p.add_argument('--label-names', metavar='FILE', help=_LABELS_HELP)
+    p.add_argument('--tta', choices=('flip', 'crops'), help='mean over mirror images, or corners and centre')
+
+
+def _positive(text: str) -> int:
+    value = _not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError('must be at least 1, got 0')
+    return value
+
+
+def _not_negative(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be a whole number, got {text!r}') from None
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must be at least 0, got {value}')
+    return value
+
+
+def _add_evaluate(commands):
+    p = commands.add_parser('evaluate', help='measure a model on images with known classes')
+    p.set_defaults(run=_evaluate)
+    p.add_argument('model', metavar='MODEL', help=_MODEL_HELP)
+    p.add_argument('data', metavar='DATA', help='folder with a folder per split or per class, or a timm dataset')
+    p.add_argument('--split', default='test', help='split of DATA (default: %(default)s)')
+    p.add_argument('--output', metavar='DIR', help='folder for metrics.json, tables and pictures (default: none)')
+    p.add_argument('--worst', type=_not_negative, default=25, help='images on their sheet (default: %(default)s)')
+    p.add_argument('--pairs', type=_not_negative, default=10, help='pairs on their sheet (default: %(default)s)')
+    p.add_argument('--skip-bad', action='store_true', help='go on without the images that cannot be read')
+    p.add_argument('--class-map', metavar='FILE', help="file with the order of the classes, as timm's --class-map")
+    p.add_argument('--data-root', dest='root', metavar='DIR', help='folder of a timm dataset')
+    p.add_argument('--download', action='store_true', help='download a timm dataset that is not there')
+    _add_inference_options(p, 'loader processes')
+
+
+def _add_predict(commands):
+    p = commands.add_parser('predict', help='say what images show')
+    p.set_defaults(run=_predict)
+    p.add_argument('model', metavar='MODEL', help=_MODEL_HELP)
+    p.add_argument('images', metavar='IMAGE', nargs='+', help='images, folders of them, or patterns')
+    p.add_argument('--topk', type=_positive, default=5, help='classes of each image (default: %(default)s)')
+    p.add_argument('--json', metavar='FILE', help='write a JSON list; - for standard output')
+    p.add_argument('--csv', metavar='FILE', help='write a table; - for standard output')
+    _add_inference_options(p, 'threads that read images')
+
+
+def _add_export(commands):
+    p = commands.add_parser('export', help='write a model as ONNX, checked in onnxruntime')
+    p.set_defaults(run=_export)
+    p.add_argument('model', metavar='MODEL', help=_MODEL_HELP)
+    p.add_argument('file', metavar='FILE.onnx')
+    p.add_argument('--opset', type=_positive, help="ONNX opset (default: the exporter's)")
+    p.add_argument(
+        '--img-size',
+        dest='size',
+        type=_positive,
+        nargs='+',
+        metavar='PIXELS',
+        help="height and width (default: the model's)",
+    )
+    p.add_argument('--label-names', metavar='FILE', help=_LABELS_HELP)
+    p.add_argument('--image', metavar='FILE', help='picture that the result is checked on (default: one is drawn)')
+    p.add_argument(
+        '--repeats',
+        type=_not_negative,
+        default=5,
+        help='runs that measure the speed, 0 for none (default: %(default)s)',
+    )
+
+
+def _add_push(commands):
     p = commands.add_parser('push', help='publish a trained model on the Hugging Face Hub')
     p.set_defaults(run=_push)
-    p.add_argument('checkpoint', help="folder of finetune or of a dry run, or checkpoint file of timm's train script")
+    p.add_argument(
+        'checkpoint', help="folder of finetune or of a dry run, or checkpoint file of finetune or timm's train script"
+    )
     p.add_argument('--repo', required=True, metavar='OWNER/NAME')
     p.add_argument('--private', action='store_true', help='create the repo private')
     p.add_argument(
         '--license', help="the weights' licence as the Hub abbreviates it, e.g. apache-2.0 (default: none named)"
     )
+    p.add_argument('--license-name', metavar='NAME', help='name of the licence, if --license is other')
+    p.add_argument('--license-link', metavar='URL', help='where it is to be read')
     p.add_argument('--dataset', help='name of the dataset, for the model card')
     p.add_argument(
         '--label-names',
         metavar='FILE',
-        help='class names in the order of the logits, one in each line or as a JSON list (default: those of the run)',
+        help=_LABELS_HELP,
     )
     p.add_argument('--half', action='store_true', help='store weight matrices in half precision')
-    p.add_argument('--commit-message', default='Add model')
+    p.add_argument('--commit-message', default='Add model', help='(default: %(default)s)')
     p.add_argument('--dry-run', metavar='DIR', help="write the repo's files into DIR and send nothing")
 
+
+def _add_others(commands):
     p = commands.add_parser('prepare', help='make an image folder of a public dataset as downloaded')
     p.set_defaults(run=_prepare)
     p.add_argument('dataset', choices=('cub200', 'aircraft', 'cars'))
@@ -130,31 +339,51 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser('run', help="run a script, e.g. timm's validate.py, with the models registered")
 
     p = commands.add_parser('benchmark', help='measure speed and memory')
-    benchmarks = p.add_subparsers(required=True, metavar='WHAT')
-    for name, run, text in (
-        ('head', _benchmark_head, "the head against the article's, eager and compiled"),
-        ('model', _benchmark_model, "a training step of the model against timm's backbone"),
-        ('poolings', _benchmark_poolings, 'every registered pooling'),
+    p.set_defaults(run=_benchmark)
+    benchmarks = p.add_subparsers(required=True, metavar='WHAT', dest='what')
+    for name, text in (
+        ('head', "the head against the article's, eager and compiled"),
+        ('model', "a training step of the model against timm's backbone"),
+        ('poolings', 'every registered pooling'),
     ):
         p = benchmarks.add_parser(name, help=text)
-        p.set_defaults(run=run)
         p.add_argument('--output', help='file for the table, e.g. docs/benchmark_head_cpu.md')
         p.add_argument('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
         p.add_argument('--repeats', type=int, default=15, help='measurements of each row (default: %(default)s)')
-    return parser
+
+
+def _parser() -> Tuple[argparse.ArgumentParser, Dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(prog='timm-bilinear', description='Bilinear CNNs for timm.')
+    parser.add_argument('--version', action=_VersionAction)
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    for add in (_add_finetune, _add_evaluate, _add_predict, _add_export, _add_push, _add_others):
+        add(commands)
+    return parser, commands.choices
 
 
 def main(argv: Optional[List[str]] = None):
-    """Run the command; errors of input, data or disk end it with one line and exit code 1."""
+    """Run the command.
+
+    Errors of input, data or disk end it with one line and exit code 1, wrong arguments with argparse's and 2.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['run']:  # a script's errors are its own
         return _run(argv[1:])
-    args = _parser().parse_args(argv)
+    parser, commands = _parser()
+    args = parser.parse_args(argv)
     run = args.run
     del args.run
     try:
-        run(args)
+        code = run(args)
+    except _CommandError as e:
+        commands[e.args[0]].error(e.args[1])
     except (OSError, RuntimeError, TypeError, ValueError) as e:
-        sys.exit(f'timm-bilinear: error: {e}')
-    except KeyboardInterrupt:
-        sys.exit(130)
+        message = ' '.join(str(e).split()) or type(e).__name__
+        sys.exit(f'timm-bilinear: error: {message}')
+    except KeyboardInterrupt as e:
+        message = str(e)
+        if message:
+            print(f'timm-bilinear: {message}', file=sys.stderr)
+        sys.exit(getattr(e, 'exit_code', 130))
+    if code:
+        sys.exit(code)

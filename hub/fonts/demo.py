@@ -68,7 +68,7 @@ def demo(output: Union[str, Path] = '.demo', weights: Union[str, Path] = _WEIGHT
             ],
             train_aug=dict(scale=(0.2, 0.32), ratio=(0.95, 1.05), hflip=0.0, color_jitter=None),
             amp_dtype='bfloat16',
-            resume=(folder / 'checkpoints' / 'last.pth.tar').is_file(),
+            resume=True,
         )
 
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
@@ -101,8 +101,9 @@ def main():
         demo(args.output)
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'demo.py: error: {e}')
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        print(f'demo.py: {e}', file=sys.stderr)
+        sys.exit(getattr(e, 'exit_code', 130))
 
 
 if __name__ == '__main__':  # the renderer's worker processes import this file too

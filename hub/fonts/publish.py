@@ -4,8 +4,6 @@ python hub/fonts/publish.py run images fonts hub/bcnn_resnet18_c4.googlefonts
 """
 
 import argparse
-import json
-import shutil
 import sys
 import tempfile
 from functools import partial
@@ -100,11 +98,7 @@ def main():
             half = measure(Path(push(args.run, dry_run=f'{scratch}/half')), args.images)
             picture = draw_confusions(half, fonts)
             # the card tells the results of the weights it lies with, not those of the run in float32
-            run = shutil.copytree(
-                args.run, f'{scratch}/run', ignore=shutil.ignore_patterns('checkpoints', 'summary.csv')
-            )
-            Path(run, 'results.json').write_text(json.dumps(dict(test_top1=half.top1)))
-            push(run, dry_run=args.folder)
+            push(args.run, dry_run=args.folder, metrics=dict(test_top1=half.top1))
         picture.save(args.folder / 'confusions.png', optimize=True)
         card = args.folder / 'README.md'
         card.write_text(card.read_text() + complete_card(full, half, licenses))

@@ -6,20 +6,17 @@ python hub/fonts/report.py hub/bcnn_resnet18_c4.googlefonts images fonts --pictu
 import argparse
 import json
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-import timm
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from render import Face, find_fonts
-from timm.data import ImageDataset, create_loader, resolve_model_data_config
-from tqdm import tqdm
 
-import timm_bilinear  # noqa: F401
-from timm_bilinear.tools.finetune import resolve_amp_dtype
+from timm_bilinear.data.folder import create_split
+from timm_bilinear.tools.evaluate import evaluate_dataset
+from timm_bilinear.tools.inference import load
+from timm_bilinear.tools.metrics import confused_pairs
 
 
 @dataclass
@@ -51,7 +48,6 @@ def read_families(images: Path) -> Dict[str, str]:
     return {name: faces[0]['path'].split('/')[0] for name, faces in fonts.items()}
 
 
-@torch.inference_mode()
 def measure(model_dir: Path, images: Path) -> Report:
     """Measure a saved model, under bfloat16 autocast where the CPU has it, as it was trained.
 
@@ -63,41 +59,31 @@ def measure(model_dir: Path, images: Path) -> Report:
         FileNotFoundError: If the images are not there.
         ValueError: If the model has no names of classes, or the images show a font that it does not know.
     """
-    model = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval().to(memory_format=torch.channels_last)
+    model = load(model_dir, device='cpu')
     names = list(model.pretrained_cfg.get('label_names') or ())
     if not names:
         raise ValueError(f"The config.json in '{model_dir}' has no label_names.")
     families = read_families(images)
-    dataset = ImageDataset(str(images / 'test'), class_map={name: i for i, name in enumerate(names)})
-    folders = {p.name for p in (images / 'test').iterdir()}
-    if not folders <= set(names):
-        raise ValueError(f"The model in '{model_dir}' does not know {sorted(folders - set(names))[0]}.")
-    config = resolve_model_data_config(model)
-    loader = create_loader(
-        dataset,
-        batch_size=64,
-        use_prefetcher=False,
-        **{k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
-    )
-    amp = resolve_amp_dtype('bfloat16', torch.device('cpu'))
-    correct = of_family = 0
-    confusions: Counter = Counter()
-    for batch, targets in tqdm(loader, desc='Testing', unit='batch', leave=False):
-        with torch.autocast('cpu', amp, enabled=amp is not None):
-            guesses = model(batch.to(memory_format=torch.channels_last)).argmax(1)
-        for guess, target in zip(guesses.tolist(), targets.tolist()):
-            correct += guess == target
-            of_family += families[names[target]] == families.get(names[guess])
-            if guess != target:
-                confusions[tuple(sorted((names[guess], names[target])))] += 1
+    test = create_split(images, 'test', class_names=names).splits['test']
+    result = evaluate_dataset(model, test, names, batch_size=64)
+    targets, guesses = result.images.targets.tolist(), result.images.predictions.tolist()
+    fonts = {names[target] for target in targets}
+    # the model may know fonts, and so families, that these images do not show
+    right = [families[names[target]] == families.get(names[guess]) for target, guess in zip(targets, guesses)]
     return Report(
-        len(dataset),
-        len(folders),
-        len({families[name] for name in folders}),
-        100 * correct / len(dataset),
-        100 * of_family / len(dataset),
+        len(targets),
+        len(fonts),
+        len({families[name] for name in fonts}),
+        result.metrics['top1'],
+        100 * sum(right) / len(right),
         sum(p.numel() for p in model.parameters()),
-        sorted(confusions.items(), key=lambda item: (-item[1], item[0])),
+        sorted(
+            (
+                (tuple(sorted((names[a], names[b]))), sum(errors))
+                for (a, b), errors in confused_pairs(result.images.targets, result.images.predictions)
+            ),
+            key=lambda item: (-item[1], item[0]),
+        ),
     )
 
 

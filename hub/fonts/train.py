@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from timm_bilinear.tools.finetune import Stage, finetune
+from timm_bilinear.tools.finetune import Interrupted, Stage, finetune
 
 
 def main():
@@ -29,11 +29,14 @@ def main():
             stages=[Stage(args.epochs, 'adamw', lr=1e-3, head_lr=1e-2, weight_decay=0.05)],
             workers=args.workers,
             seed=0,
-            resume=(args.run / 'checkpoints' / 'last.pth.tar').is_file(),
+            resume=True,
             **recipe,
         )
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, TypeError, ValueError) as e:
         sys.exit(f'train.py: error: {e}')
+    except Interrupted as e:
+        print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(e.exit_code)
     print(metrics)
 
 

@@ -149,9 +149,9 @@ def test_cub200_archive(src, tmp_path):
     assert link.is_symlink() and not os.path.isabs(os.readlink(link))
 
     dst.rename(tmp_path / 'moved')  # links are relative, and to the inside
-    datasets = create_datasets(tmp_path / 'moved')
-    assert {split: len(d) for split, d in datasets.items()} == {'train': 6, 'val': 3}
-    assert datasets['train'].reader.class_to_idx == {name: i for i, name in enumerate(BIRDS)}
+    data = create_datasets(tmp_path / 'moved')
+    assert {split: len(d) for split, d in data.splits.items()} == {'train': 6, 'val': 3}
+    assert data.class_names == list(BIRDS)
 
 
 def test_cub200_given_as_archive_or_folder(src, tmp_path):
@@ -189,7 +189,7 @@ def test_cars(src, tmp_path, pack):
         '002.Ram C_V Cargo Van Minivan 2012',
     ]
     assert _files(dst / 'val' / '002.Ram C_V Cargo Van Minivan 2012') == ['00002.jpg', '00004.jpg']
-    assert len(create_datasets(dst)['train']) == 6
+    assert len(create_datasets(dst).splits['train']) == 6
 
 
 def test_cars_in_one_archive(src, tmp_path):
@@ -344,7 +344,7 @@ def test_links_lead_through_a_linked_destination(src, tmp_path):
     (tmp_path / 'disk' / 'deep').mkdir(parents=True)
     (tmp_path / 'short').symlink_to(tmp_path / 'disk' / 'deep')
     prepare('cub200', src, tmp_path / 'short' / 'birds')
-    assert len(create_datasets(tmp_path / 'short' / 'birds')['train']) == 6
+    assert len(create_datasets(tmp_path / 'short' / 'birds').splits['train']) == 6
 
 
 @pytest.mark.parametrize('hard', [True, False])

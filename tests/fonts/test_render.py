@@ -85,7 +85,7 @@ def test_image_folder_is_deterministic_and_resumable(tmp_path, folder):
     assert families == {'anton-latin-400-normal': 'anton', 'lobster-latin-400-normal': 'lobster'} and not skipped
     args = dict(fonts=classes, counts=dict(train=3, val=2, test=1), size=32, train_render=64, workers=2)
     root = fonts.render_dataset(tmp_path / 'a', **args)
-    assert {k: len(v) for k, v in create_datasets(root).items()} == {'train': 6, 'val': 4, 'test': 2}
+    assert {k: len(v) for k, v in create_datasets(root).splits.items()} == {'train': 6, 'val': 4, 'test': 2}
 
     again = fonts.render_dataset(tmp_path / 'b', **args)
     files = sorted(p.relative_to(root) for p in root.rglob('*.*g'))

@@ -305,7 +305,7 @@ def test_damaged_regular_file_is_noticed(hub, model):
 
 
 def test_nothing_is_sent_before_all_is_built(hub, model, monkeypatch):
-    monkeypatch.setattr(timm_bilinear.hub.push, 'create_card', lambda *_: 1 / 0)
+    monkeypatch.setattr(timm_bilinear.hub.push, 'create_card', lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         push(model)
     assert not hub.requests and not hub.repos

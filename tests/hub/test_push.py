@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import timm_bilinear  # noqa: F401
 from timm_bilinear.hub import push as hub
+from timm_bilinear.hub import save as save_module
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_full_disk_leaves_nothing(model, tmp_path, monkeypatch, error):
         (directory / 'model.safetensors').write_bytes(b'half')
         raise error
 
-    monkeypatch.setattr(hub, 'save_for_hf', save)
+    monkeypatch.setattr(save_module, 'save_for_hf', save)
     with pytest.raises(OSError, match='model'):
         hub.save_model(model, tmp_path / 'model')
     assert list(tmp_path.iterdir()) == []
@@ -55,7 +56,7 @@ def test_full_disk_leaves_nothing(model, tmp_path, monkeypatch, error):
 def test_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch):
     hub.save_model(model, tmp_path / 'model')
     before = {p.name: p.read_bytes() for p in (tmp_path / 'model').iterdir()}
-    monkeypatch.setattr(hub, 'save_for_hf', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('disk full')))
+    monkeypatch.setattr(save_module, 'save_for_hf', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError, match='disk full'):
         hub.save_model(model, tmp_path / 'model')
     assert {p.name: p.read_bytes() for p in (tmp_path / 'model').iterdir()} == before

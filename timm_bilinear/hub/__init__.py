@@ -1,3 +1,4 @@
-from .push import push_to_hub, save_model
+from .push import push_to_hub
+from .save import save_model
 
 __all__ = ['push_to_hub', 'save_model']

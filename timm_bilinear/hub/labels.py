@@ -9,10 +9,11 @@ from typing import Any, Dict, List, Optional, Union
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.utils import natural_key
+from torch import nn
 
 from .._compat import search_split
 
-__all__ = ['class_names', 'read_label_names']
+__all__ = ['class_names', 'ordered_names', 'read_label_names', 'stored_label_names']
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +42,32 @@ def read_label_names(path: Union[str, Path]) -> List[str]:
     if '' in names:
         raise ValueError(f"The label names '{path}' have no name for class {names.index('')}.")
     return names
+
+
+def ordered_names(names: Any, num_classes: int) -> Optional[List[str]]:
+    """Class names as timm's configs have them, as a list in the order of the logits.
+
+    Args:
+        names: List, {index: name}, whose gaps are filled by numbers, or {name: index}.
+        num_classes: Number of classes.
+
+    Returns:
+        As many names as classes; None if these are the names of another number of them.
+    """
+    if isinstance(names, dict):
+        if all(isinstance(value, int) for value in names.values()):
+            names = {index: name for name, index in names.items()}
+        if not all(str(index).isdecimal() and int(index) < num_classes for index in names):
+            return None
+        by_index = {int(index): str(name) for index, name in names.items()}
+        return [by_index.get(index, str(index)) for index in range(num_classes)]
+    return [str(name) for name in names] if len(names) == num_classes else None
+
+
+def stored_label_names(model: nn.Module) -> Optional[List[str]]:
+    """Class names that a model has in its `pretrained_cfg`, in the order of the logits; None without."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    return ordered_names(names, model.num_classes) if names and model.num_classes else None
 
 
 def _training_directory(args: Dict[str, Any], folder: Path) -> Optional[Path]:

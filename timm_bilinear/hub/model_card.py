@@ -1,5 +1,7 @@
 """Model cards, with what the model itself, its training and its metrics say."""
 
+import re
+from dataclasses import dataclass
 from typing import Any, Dict, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -8,12 +10,11 @@ from torch import nn
 
 from ..layers import BilinearHead
 from ..layers.pooling import ExactPooling
+from ..models import BilinearCNN
+from ..models.image_modes import IMG_MODES
 from .checkpoint import Trained
 
-__all__ = ['IMG_MODES', 'create_card']
-
-# PIL's mode of images with that many channels.
-IMG_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
+__all__ = ['IMG_MODES', 'METRICS', 'License', 'create_card']
 
 _LOAD = """import timm
 {import_ours}import torch
@@ -21,7 +22,8 @@ _LOAD = """import timm
 model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 """
 _IMAGE = """transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)
+image = ImageOps.exif_transpose(Image.open('image.jpg'))  # upright, as the camera was held
+image = transform(image.convert('{mode}')).unsqueeze(0)
 """
 _CLASSIFY = """
 with torch.inference_mode():
@@ -42,13 +44,58 @@ _CITATION = """```bibtex
   year = {2015}
 }
 ```"""
-_METRICS = {'eval_top1': 'top-1, validation', 'eval_top5': 'top-5, validation', 'test_top1': 'top-1, test'}
+# Figures that a card can tell, all in percent.
+METRICS = {'eval_top1': 'top-1, validation', 'eval_top5': 'top-5, validation', 'test_top1': 'top-1, test'}
 # Of a run's arguments, those that say how it was trained, not on which machine or under which name.
 _TRAINING = (
-    'opt momentum lr weight_decay sched epochs head_epochs warmup_epochs batch_size smoothing img_size train_size'
-    ' scale ratio hflip color_jitter aa mixup cutmix drop amp amp_dtype model_ema pretrained initial_checkpoint stages'
-    ' seed'
+    'opt momentum lr head_lr weight_decay sched epochs head_epochs freeze warmup_epochs batch_size smoothing'
+    ' class_weights patience img_size train_size scale ratio hflip color_jitter train_aug aa mixup cutmix drop'
+    ' model_ema pretrained stages val_fraction seed'
 ).split()
+# Paths, and files of weights by their names.
+_LOCAL = re.compile(
+    r'^(local-dir:|file:|~|\.{1,2}([/\\]|$)|[a-z]:[/\\])|[/\\]|\.(pth|pt|tar|bin|safetensors|npz|pkl)$', re.I
+)
+
+
+@dataclass
+class License:
+    """Terms of the weights.
+
+    Args:
+        id: The Hub's abbreviation.
+        name: Name, if that is 'other'.
+        link: Where it is to be read.
+    """
+
+    id: str
+    name: Optional[str] = None
+    link: Optional[str] = None
+
+
+def _public(value: Any) -> Any:
+    """A value for the card, without what names a file or folder of the machine; None if nothing is left."""
+    if isinstance(value, dict):
+        kept = {k: _public(v) for k, v in value.items()}
+        return {k: v for k, v in kept.items() if v is not None} or None
+    if isinstance(value, (list, tuple)):
+        kept = [_public(v) for v in value]
+        return None if any(v is None for v in kept) else value if kept == list(value) else kept
+    if isinstance(value, str):
+        is_repo = value.lower().startswith(('hf-hub:', 'hf_hub:'))
+        return None if not is_repo and _LOCAL.search(value) else value
+    return value if isinstance(value, (bool, int, float)) else None
+
+
+def _precision(args: Dict[str, Any]) -> Optional[str]:
+    """What a run computed in, None if its arguments do not tell."""
+    if 'stages' in args:  # finetune notes what it resolved 'auto' to
+        dtype = args.get('amp_dtype', 'auto') or 'float32'
+    elif args.get('model_dtype') or 'amp' not in args:
+        return args.get('model_dtype')
+    else:  # the train script has a dtype for it, used or not
+        dtype = (args.get('amp_dtype') or 'float16') if args['amp'] else 'float32'
+    return {'float32': 'float32', 'auto': None}.get(dtype, f'autocast to {dtype}')
 
 
 def _table(title: str, rows: Dict[str, Any]) -> str:
@@ -70,8 +117,10 @@ def _usage(model: nn.Module, repo_id: str, is_classifier: bool) -> str:
     mode = IMG_MODES.get(channels)
     code = _LOAD.format(
         repo_id=repo_id,
-        import_ours='' if head is None else 'import timm_bilinear  # registers bilinear CNNs with timm\n',
-        import_pil='from PIL import Image\n' if mode else '',
+        import_ours=''
+        if not isinstance(model, BilinearCNN)
+        else 'import timm_bilinear  # registers bilinear CNNs with timm\n',
+        import_pil='from PIL import Image, ImageOps\n' if mode else '',
     )
     if mode:
         code += _IMAGE.format(mode=mode)
@@ -114,19 +163,64 @@ def _kind(trained: Trained) -> str:
     return f'{what} ([arXiv 1504.07889](https://arxiv.org/abs/1504.07889)) for timm, {origin}.'
 
 
+def _metric_names(half: bool, is_measured: bool) -> Dict[str, str]:
+    """What figures are called: those of the run are not those of weights that were halved after it."""
+    suffix = ' (of the weights in float32, before halving)' if half and not is_measured else ''
+    return {key: name + suffix for key, name in METRICS.items()}
+
+
+def _metadata(
+    trained: Trained,
+    name: str,
+    task: str,
+    dataset: Optional[str],
+    license: Optional[License],
+    metric_names: Dict[str, str],
+) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=dataset or 'imagefolder',
+            dataset_name=dataset or 'an image folder',
+            metric_type='accuracy',
+            metric_name=metric_names[key],
+            metric_value=round(value, 2),
+        )
+        for key, value in trained.metrics.items()
+        if key in metric_names
+    ]
+    return ModelCardData(
+        model_name=name,
+        library_name='timm',
+        pipeline_tag=task,
+        tags=[task, 'timm', *(['bilinear-cnn'] if isinstance(trained.model, BilinearCNN) else [])],
+        license=license and license.id,
+        license_name=license and license.name,
+        license_link=license and license.link,
+        datasets=[dataset] if dataset else None,
+        eval_results=results or None,
+    )
+
+
 def create_card(
     trained: Trained,
     repo_id: str,
     dataset: Optional[str] = None,
-    license: Optional[str] = None,
+    license: Optional[License] = None,
+    half: bool = False,
+    is_measured: bool = False,
 ) -> ModelCard:
     """Make the card of a trained model.
+
+    It is for others: no file or folder of this machine is named in it.
 
     Args:
         trained: The model and what is known about it.
         repo_id: Hub repo it will have, 'owner/name'.
         dataset: Name of the dataset it was trained on.
-        license: The weights' licence, as the Hub abbreviates it; left out if None.
+        license: The weights' licence; left out if None.
+        half: Weight matrices are stored in half precision.
+        is_measured: The metrics are of the weights as they are stored, not as they were trained.
 
     Returns:
         Card with metadata.
@@ -137,40 +231,26 @@ def create_card(
     is_classifier = model.num_classes > 0 and is_pooled
     task = 'image-classification' if is_classifier else 'image-feature-extraction'
     name = repo_id.split('/')[-1]
-    metrics = {_METRICS[key]: f'{value:.2f} %' for key, value in trained.metrics.items() if key in _METRICS}
-    results = [
-        EvalResult(
-            task_type='image-classification',
-            dataset_type=dataset or 'imagefolder',
-            dataset_name=dataset or 'an image folder',
-            metric_type='accuracy',
-            metric_name=_METRICS[key],
-            metric_value=round(value, 2),
-        )
-        for key, value in trained.metrics.items()
-        if key in _METRICS
-    ]
-    data = ModelCardData(
-        model_name=name,
-        library_name='timm',
-        pipeline_tag=task,
-        tags=[task, 'timm', *(['bilinear-cnn'] if head is not None else [])],
-        license=license,
-        datasets=[dataset] if dataset else None,
-        eval_results=results or None,
-    )
-    arguments = {k: v for k, v in get_model_args(model).items() if k != 'num_classes'}
-    args = {key: trained.args[key] for key in _TRAINING if trained.args.get(key) not in (None, '', [], {}, False)}
+    metric_names = _metric_names(half, is_measured)
+    metrics = {metric_names[key]: f'{value:.2f} %' for key, value in trained.metrics.items() if key in metric_names}
+    data = _metadata(trained, name, task, dataset, license, metric_names)
+    arguments = {k: _public(v) for k, v in get_model_args(model).items() if k != 'num_classes'}
+    args = {key: _public(trained.args.get(key)) for key in _TRAINING}
+    args['precision'] = _precision(trained.args)
     about = {
         'architecture': model.pretrained_cfg['architecture'],
-        **arguments,
+        **{k: v for k, v in arguments.items() if v is not None},
         **({'classes': model.num_classes} if is_classifier else {}),
         'parameters': f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M',
+        **({'stored in': 'float16 (matrices), float32 (the rest); loaded in float32'} if half else {}),
         **_features(model),
         'input': ' x '.join(map(str, data_config.get('input_size', ()))),
-        'crop, interpolation': f'{data_config.get("crop_pct")}, {data_config.get("interpolation")}',
+        'crop': f'{data_config.get("crop_pct")}, {data_config.get("crop_mode")}',
+        'interpolation': data_config.get('interpolation'),
         'mean, std': f'{data_config.get("mean")}, {data_config.get("std")}',
     }
+    training = {'dataset': dataset} if dataset else {}
+    training.update({k: v for k, v in args.items() if v not in (None, '', [], {}, False)})
     text = (
         f'# {name}\n\n{_kind(trained)}\n\n'
         + _table('Model', about)
@@ -178,7 +258,7 @@ def create_card(
         + _usage(model, repo_id, is_classifier)
         + '\n\n'
         + _table('Results', metrics)
-        + _table('Training', dict({'dataset': dataset} if dataset else {}, **args))
+        + _table('Training', training)
         + ('' if head is None else f'## Citation\n\n{_CITATION}\n')
     )
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')

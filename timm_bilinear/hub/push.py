@@ -1,6 +1,5 @@
-"""Model folders in the Hugging Face Hub's layout, config.json and model.safetensors, and their way to the Hub."""
+"""Publishing: a model or a folder on its way to the Hugging Face Hub."""
 
-import copy
 import os
 import shutil
 import tempfile
@@ -9,131 +8,74 @@ from typing import Any, Dict, Optional, Sequence, Union
 
 import timm
 import torch
-from huggingface_hub import HfApi
+import yaml
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from timm.data import resolve_input_data_config
-from timm.models import save_for_hf
-from timm.utils import unwrap_model
 from torch import nn
 
-from ..layers.arguments import runtime_arguments
-from ..models import BilinearCNN
 from .checkpoint import Trained, load_trained
 from .client import upload
-from .model_card import create_card
+from .labels import stored_label_names
+from .licenses import check_license
+from .model_card import METRICS, License, create_card
+from .rename import rename_card
+from .save import save_model, unwrap
 
 __all__ = ['push_to_hub', 'save_model']
 
 
-def _unwrap(model: Any) -> nn.Module:
-    """The model made by timm, out of what compiles, parallelises or averages it."""
-    inner = unwrap_model(model)
-    is_made_by_timm = isinstance(inner, nn.Module) and 'architecture' in (getattr(inner, 'pretrained_cfg', None) or ())
-    if not is_made_by_timm or not hasattr(inner, 'num_classes'):
-        hint = 'without features_only, or a wrapper of one'
-        raise TypeError(f"'model' must be made by timm.create_model, {hint}, got {type(inner).__name__}.")
-    return inner
-
-
-def _stored_tensors(model: nn.Module, half: bool) -> Dict[str, torch.Tensor]:
-    """State dict as it is stored: every tensor contiguous and by itself, as safetensors wants them.
-
-    Raises:
-        ValueError: If a weight is too large for half precision.
-    """
-    # Matrices are nearly all of the bytes, and no variances, which may be too small for it.
-    params = model.named_parameters(remove_duplicate=False) if half else ()
-    matrices = {name for name, param in params if param.ndim > 1 and param.is_floating_point()}
-    tensors, storages = {}, set()
-    for name, value in model.state_dict().items():
-        if name in matrices:
-            stored = value.half()
-            if not stored.isfinite().all():
-                largest, limit = value.abs().max().item(), torch.finfo(torch.float16).max
-                raise ValueError(f"Half precision ends at {limit:g}: the largest value of '{name}' is {largest:g}.")
-        else:
-            stored = value
-        is_tied = stored.untyped_storage().data_ptr() in storages and stored.numel() > 0
-        tensors[name] = stored.clone(memory_format=torch.contiguous_format) if is_tied else stored.contiguous()
-        storages.add(tensors[name].untyped_storage().data_ptr())
-    return tensors
-
-
-def save_model(
-    model: nn.Module,
-    directory: Union[str, Path],
-    label_names: Optional[Sequence[str]] = None,
-    data_config: Optional[Dict[str, Any]] = None,
-    half: bool = False,
-) -> Path:
-    """Save a timm model so that `timm.create_model('local-dir:DIRECTORY', pretrained=True)` gives it back.
-
-    The files are written beside `directory` and moved into it once whole. The model is left as it is.
-
-    Args:
-        model: Model made by `timm.create_model`, maybe compiled, or in a wrapper that parallelises or averages it.
-        directory: Folder for config.json and model.safetensors; files of these names are replaced.
-        label_names: Class names in the order of the logits.
-        data_config: Preprocessing used with the weights, as of `timm.data.resolve_input_data_config`.
-        half: Store weight matrices in half precision; the loaded model has float32.
-
-    Returns:
-        The folder.
-
-    Raises:
-        OSError: If the files cannot be written; nothing half-written is left.
-        TypeError: If the model was not made by timm.
-        ValueError: If a weight is too large for half precision.
-    """
-    model = _unwrap(model)
-    tensors = _stored_tensors(model, half)
-    # What timm writes is what it is given: not the model itself, but one that says of it what is to be stored.
-    stored = copy.copy(model)
-    stored.state_dict = lambda: tensors
-    runtime = runtime_arguments(type(model)) if isinstance(model, BilinearCNN) else ()
-    stored._model_args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k not in runtime}
-    model_config = dict(label_names=list(label_names)) if label_names else None
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
-    try:
-        save_for_hf(stored, partial, model_config=model_config, safe_serialization=True, data_config=data_config)
-        directory.mkdir(exist_ok=True)
-        for file in sorted(partial.iterdir(), reverse=True):  # weights first, config.json makes the folder a model
-            os.replace(file, directory / file.name)
-    except Exception as e:
-        if isinstance(e, OSError) or 'No space left' in str(e):  # safetensors raises its own error for a full disk
-            raise OSError(f"Could not save the model to '{directory}': {e}") from e
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return directory
+_CARD = 'README.md'
+# Of finetune's folder, what is not published: it names paths of the machine.
+_LOCAL = ('args.yaml',)
 
 
 def _load(
     model_or_checkpoint: Any,
     label_names: Optional[Sequence[str]],
     data_config: Optional[Dict[str, Any]],
+    metrics: Optional[Dict[str, float]],
 ) -> Trained:
     if isinstance(model_or_checkpoint, (str, os.PathLike)):
         trained = load_trained(model_or_checkpoint, label_names)
     else:
-        model = _unwrap(model_or_checkpoint)
-        trained = Trained(model, data_config=resolve_input_data_config(model))
-        trained.label_names = list(label_names) if label_names else None
+        model = unwrap(model_or_checkpoint)
+        names = list(label_names) if label_names else stored_label_names(model)
+        trained = Trained(model, names, resolve_input_data_config(model))
     if trained.label_names and len(trained.label_names) != trained.model.num_classes:
         raise ValueError(
             f"'label_names' must name {trained.model.num_classes} classes, got {len(trained.label_names)} names."
         )
     trained.data_config = dict(trained.data_config or {}, **(data_config or {}))
+    if metrics is not None:
+        trained.metrics = dict(metrics)
     return trained
 
 
-def _build(trained: Trained, directory: Path, repo_id: str, dataset: Optional[str], license: Optional[str], half: bool):
+def _check_metrics(metrics: Optional[Dict[str, float]]):
+    for name, value in (metrics or {}).items():
+        if name not in METRICS:
+            raise ValueError(f"'metrics' must have names of {', '.join(METRICS)}, got {name!r}.")
+        if not 0 <= value <= 100:
+            raise ValueError(f"'metrics' must be in percent, got {name}={value!r}.")
+
+
+def _check_dataset(dataset: Optional[str]):
+    """Refuse a path for the name of a dataset: the card is for others, who have no such folder."""
+    if not dataset:
+        return
+    is_path = os.path.isabs(dataset) or dataset.startswith(('~', '.')) or '\\' in dataset or dataset.count('/') > 1
+    if is_path or ('/' in dataset and Path(dataset).exists()):
+        raise ValueError(f"'dataset' must be the name of a dataset, for the card, got the path {dataset!r}.")
+
+
+def _build(
+    trained: Trained, data_config: Optional[Dict[str, Any]], card: ModelCard, directory: Path, repo_id: str, half: bool
+):
     """Write everything a repo gets, and check that it gives the model back."""
-    save_model(trained.model, directory, trained.label_names, trained.data_config, half)
-    create_card(trained, repo_id, dataset, license).save(directory / 'README.md')
+    save_model(trained.model, directory, trained.label_names, data_config, half)
+    card.save(directory / _CARD)
     with torch.random.fork_rng(devices=[]):  # the caller may be in the middle of training
         loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).state_dict()
     stored = load_file(directory / 'model.safetensors')
@@ -143,14 +85,28 @@ def _build(trained: Trained, directory: Path, repo_id: str, dataset: Optional[st
             raise RuntimeError(f"The folder built for '{repo_id}' does not give the model back: {key} differs.")
 
 
-def _copy(repo: Path, directory: Path):
-    """Copy the files of a folder that is a repo already, and check that they give a model."""
-    with torch.random.fork_rng(devices=[]):
-        load_trained(repo)
+def _copy(repo: Path, directory: Path, repo_id: str):
+    """Copy the files of a folder that is a repo already, whose card then names the repo that it is pushed to.
+
+    Raises:
+        ValueError: If it gives no model, its card cannot be read, or names a licence that the Hub does not know.
+    """
+    load_trained(repo)
+    try:
+        text = (repo / _CARD).read_bytes().decode()
+        data = ModelCard(text, ignore_metadata_errors=True).data
+    except (ValueError, TypeError, yaml.YAMLError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
+        raise ValueError(f"'{repo / _CARD}' cannot be read as a card ({reason}).") from e
+    licenses = data.get('license')
+    for license in licenses if isinstance(licenses, list) else [licenses]:  # a hand-written card may have several
+        check_license(license, data.get('license_name'), data.get('license_link'), f"'{repo / _CARD}'")
+    text = rename_card(text, repo_id)
     directory.mkdir(parents=True, exist_ok=True)
     for path in repo.iterdir():
-        if path.is_file() and not path.name.startswith('.'):
+        if path.is_file() and not path.name.startswith('.') and path.name not in _LOCAL:
             shutil.copyfile(path, directory / path.name)
+    (directory / _CARD).write_bytes(text.encode())
 
 
 def push_to_hub(
@@ -166,6 +122,9 @@ def push_to_hub(
     commit_message: str = 'Add model',
     token: Optional[str] = None,
     dry_run: Optional[Union[str, Path]] = None,
+    license_name: Optional[str] = None,
+    license_link: Optional[str] = None,
+    metrics: Optional[Dict[str, float]] = None,
 ) -> str:
     """Publish a model: safetensors weights, a config that rebuilds it, and a model card.
 
@@ -173,20 +132,26 @@ def push_to_hub(
     sent, and a commit that landed is not repeated.
 
     Args:
-        model_or_checkpoint: Model made by `timm.create_model`, maybe compiled or wrapped, folder of `finetune`, or
-            checkpoint file of timm's train script. A folder that has a README.md is a repo already, maybe of a dry run
-            with a card completed by hand: its files are sent as they are, and `license` to `half` do not apply.
+        model_or_checkpoint: Model made by `timm.create_model`, maybe compiled or wrapped, folder or checkpoint file of
+            `finetune`, or checkpoint file of timm's train script. A folder that has a README.md is a repo already,
+            maybe of a dry run with a card completed by hand: its files are sent as they are, without args.yaml, and
+            `license` to `half` do not apply; a card of another repo is made to name this one.
         repo_id: Hub repo, 'owner/name'; created if it is not there.
         private: Create it private; one that is there and public is refused.
         license: The weights' licence, as the Hub abbreviates it ('apache-2.0'); left out of the card if None.
-        dataset: Name of the dataset the model was trained on, for the card.
-        label_names: Class names in the order of the logits; None for those of the checkpoint, or of the data that it
-            was trained on, if they are certain.
+        dataset: Name of the dataset the model was trained on, for the card; not a path.
+        label_names: Class names in the order of the logits; None for those of the model or checkpoint, or of the data
+            that it was trained on, if they are certain.
         data_config: Preprocessing the weights were trained with; None for what the checkpoint or the model says.
         half: Store weight matrices in half precision; the loaded model has float32.
         commit_message: Message of the commit.
         token: Hub token; None for the one the Hub's client finds.
         dry_run: Write the repo's files into this new folder, and send nothing.
+        license_name: Name of the licence, if `license` is 'other'.
+        license_link: Where that licence is to be read, a URL or a file of the repo.
+        metrics: Figures for the card in percent, measured on the weights as they are stored: 'eval_top1', 'eval_top5'
+            (validation) or 'test_top1'; None for those of the run, which with `half` are called what they are, of the
+            weights before.
 
     Returns:
         URL of the repo, or the folder of a dry run.
@@ -195,7 +160,8 @@ def push_to_hub(
         FileExistsError: If the folder of a dry run is not empty.
         FileNotFoundError: If there is no such checkpoint.
         TypeError: If the model was not made by timm.
-        ValueError: If `repo_id`, checkpoint or `label_names` are wrong, or a weight is too large for `half`.
+        ValueError: If `repo_id`, checkpoint, licence, dataset, `label_names` or `metrics` are wrong, or a weight is too
+            large for `half`.
         RuntimeError: If the Hub does not take it, or would show what is to be private: why, in one sentence.
     """
     validate_repo_id(repo_id)
@@ -203,20 +169,28 @@ def push_to_hub(
         raise ValueError(f"'repo_id' must be 'owner/name', got {repo_id!r}.")
     if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
         raise FileExistsError(f"The folder of a dry run must be new or empty, '{dry_run}' is not.")
+    check_license(license, license_name, license_link)
+    _check_dataset(dataset)
+    _check_metrics(metrics)
     is_path = isinstance(model_or_checkpoint, (str, os.PathLike))
-    is_repo = is_path and Path(model_or_checkpoint, 'README.md').is_file()
-    if is_repo and (license or dataset or label_names or data_config or half):
+    is_repo = is_path and Path(model_or_checkpoint, _CARD).is_file()
+    if is_repo and (license or dataset or label_names or data_config or half or metrics):
         raise ValueError(
             f"'{model_or_checkpoint}' has a README.md, so its files are sent as they are, with no other licence,"
-            ' dataset, names, preprocessing or precision.'
+            ' dataset, names, preprocessing, precision or figures.'
         )
-    trained = None if is_repo else _load(model_or_checkpoint, label_names, data_config)
+    if not is_repo:
+        trained = _load(model_or_checkpoint, label_names, data_config, metrics)
+        terms = License(license, license_name, license_link) if license else None
+        card = create_card(trained, repo_id, dataset, terms, half=half, is_measured=metrics is not None)
+        # a model's config has sizes for tests too, which hold unless the weights were trained with something else
+        is_known = data_config is None and not (is_path and Path(model_or_checkpoint).is_file())
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / 'repo' if dry_run is None else Path(dry_run)
-        if trained is None:
-            _copy(Path(model_or_checkpoint), directory)
+        if is_repo:
+            _copy(Path(model_or_checkpoint), directory, repo_id)
         else:
-            _build(trained, directory, repo_id, dataset, license, half)
+            _build(trained, None if is_known else trained.data_config, card, directory, repo_id, half)
         if dry_run is not None:
             return str(dry_run)
         api = HfApi(token=token, library_name='timm_bilinear')

@@ -1,0 +1,79 @@
+"""finetune under torchrun: several processes on gloo do what one does with the same global batch."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_cases import make_images
+
+HERE = Path(__file__).parent
+STAGES = [
+    dict(epochs=2, opt='sgd', lr=0.0, head_lr=1.0, weight_decay=0.0),
+    dict(epochs=2, opt='sgd', lr=1e-2, head_lr=1e-1, weight_decay=1e-5),
+]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """21 images to train on and 9 to validate on, which two processes cannot share evenly."""
+    root = make_images(tmp_path_factory.mktemp('data'), (12, 5))
+    for name in ('train/rows/0', 'train/rows/1', 'train/rows/2', 'val/rows/0'):
+        (root / f'{name}.png').unlink()
+    return root
+
+
+def _run(data, output, processes, **settings):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    script = [HERE / 'finetune_ranks.py', data, output, json.dumps(dict(dict(stages=STAGES, head_cache=0), **settings))]
+    env = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=str(HERE))
+    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, script)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+def _rows(folder):
+    with (folder / 'summary.csv').open() as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),  # batch norm over the global batch
+        dict(model_kwargs=dict(backbone_a='test_convnext', proj_dim=16), class_weights=True),
+        dict(head_cache=1.0),
+        dict(batch_size=64),  # one step of 21 images
+    ],
+    ids=['batch norm', 'class weights', 'descriptors', 'uneven'],
+)
+def test_two_processes_are_one(data, tmp_path, settings):
+    for processes in (1, 2):
+        result = _run(data, tmp_path / str(processes), processes, **settings)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (_rows(tmp_path / name) for name in '12')
+    for a, b in zip(one, two, strict=True):
+        for key in ('train_loss', 'eval_loss', 'lr'):
+            assert b[key] == pytest.approx(a[key], rel=5e-3), key
+        assert abs(b['eval_top1'] - a['eval_top1']) <= 100 / 9 + 1e-6
+    states = [
+        torch.load(tmp_path / name / 'checkpoints' / 'last.pth.tar', weights_only=True)['state_dict'] for name in '12'
+    ]
+    for key, value in states[0].items():
+        if value.is_floating_point():
+            difference = (states[1][key] - value).norm() / value.norm().clamp(min=1e-6)
+            assert difference < 2e-2, (key, difference)
+    lines = result.stdout.splitlines()
+    assert sum('epoch 2/2: loss' in line for line in lines) == 2  # of the first process alone
+
+
+def test_errors_are_those_of_all(data, tmp_path):
+    result = _run(data, tmp_path / 'out', 2, batch_size=5)
+    assert result.returncode and "'batch_size' must be a multiple of the 2 processes" in result.stderr
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'notes.txt').write_text('mine')
+    result = _run(data, tmp_path / 'notes', 2)
+    assert result.returncode and result.stderr.count('is not empty') == 2
