@@ -1,5 +1,6 @@
 """The first stage on kept descriptors, against the same steps on the weight itself and against training on images."""
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 
 from timm_bilinear.data.folder import create_datasets
 from timm_bilinear.models import BilinearCNN
-from timm_bilinear.tools.frozen import FrozenStage, no_cache_reason
+from timm_bilinear.tools import frozen_stages
+from timm_bilinear.tools.frozen import FrozenStage
+from timm_bilinear.tools.frozen_stages import DescriptorStage, GramStage, MapStage, create_frozen_stage, no_cache_reason
 from timm_bilinear.tools.recipe import Stage
 
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)
@@ -41,7 +44,7 @@ def _net(**kwargs) -> BilinearCNN:
 
 def _stage(datasets, folder, stage=SGD, net=None, **kwargs) -> FrozenStage:
     kwargs = dict(dict(batch_size=8, workers=0, seed=3), **kwargs)
-    frozen = FrozenStage(net or _net(), stage, datasets, CONFIG, folder, **kwargs)
+    frozen = create_frozen_stage(net or _net(), stage, datasets, CONFIG, folder, **kwargs)
     frozen._prepare()
     return frozen
 
@@ -78,7 +81,7 @@ def test_coefficients_follow_the_weight(datasets, tmp_path, monkeypatch, smoothi
     """Training by the Gram matrix is SGD on the weight, step for step."""
     weights = None if weights is None else torch.tensor(weights)
     frozen = _stage(datasets, tmp_path, smoothing=smoothing, class_weights=weights)
-    assert frozen.uses_gram
+    assert type(frozen) is GramStage
     reference, losses = Reference(frozen), []
     step = frozen._step
 
@@ -104,18 +107,64 @@ def test_other_steps_train_on_the_descriptors(datasets, tmp_path, opt, drop_rate
     frozen = _stage(
         datasets, tmp_path, Stage(8, opt, 0.0, 0.05 if opt == 'adamw' else 1.0, 0.0), _net(drop_rate=drop_rate)
     )
-    assert not frozen.uses_gram
+    assert type(frozen) is DescriptorStage
     rows = _train(frozen, range(8))
     assert rows[-1]['val_top1'] > 90 and rows[-1]['loss'] < rows[0]['loss']
 
 
 def test_both_ways_agree(datasets, tmp_path, monkeypatch):
     dual = _stage(datasets, tmp_path / 'a')
-    monkeypatch.setattr('timm_bilinear.tools.frozen._GRAM_BYTES', 0)
+    monkeypatch.setattr(frozen_stages, '_GRAM_BYTES', 0)
     primal = _stage(datasets, tmp_path / 'b')
-    assert dual.uses_gram and not primal.uses_gram
+    assert type(dual) is GramStage and type(primal) is DescriptorStage
     for a, b in zip(_train(dual, range(5)), _train(primal, range(5))):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_maps_train_as_images_do(datasets, tmp_path, monkeypatch):
+    """A head with a projection: the same steps as on the images themselves, each or its mirror image."""
+    stage = Stage(5, 'sgd', lr=0.0, head_lr=0.1, weight_decay=0.0)  # small steps, which let rounding be
+    frozen = _stage(datasets, tmp_path, stage, _net(proj_dim=8), smoothing=0.1)
+    assert type(frozen) is MapStage
+    net, losses, step = copy.deepcopy(frozen.net), [], frozen._step
+    transform = timm.data.create_transform(**CONFIG, is_training=False)
+    images = [transform(Image.open(path)) for path in datasets['train'].paths]
+    params = [p for p in net.parameters() if p.requires_grad]
+    assert len(params) == 3
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)
+
+    def both(rows, targets):
+        optimizer.param_groups[0]['lr'] = frozen.optimizer.param_groups[0]['lr']
+        views = torch.stack([images[row // 2].flip(2) if row % 2 else images[row // 2] for row in rows.tolist()])
+        loss = F.cross_entropy(net(views), targets, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((step(rows, targets), loss.item()))
+        return losses[-1][0]
+
+    monkeypatch.setattr(frozen, '_step', both)
+    rows = _train(frozen, range(5))
+    for (loss, _), expected in losses:
+        assert loss == pytest.approx(expected, rel=2e-3)
+    assert rows[-1]['loss'] < rows[0]['loss']
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(proj_dim=8), dict(drop_rate=0.1)])
+def test_snapshot_and_back(datasets, tmp_path, kwargs):
+    """A checkpoint writes the best epoch into the model, then the last: training goes on from that."""
+    frozen = _stage(datasets, tmp_path, net=_net(**kwargs))
+    _train(frozen, range(2))
+    best = frozen.snapshot()
+    frozen.write_classifier()
+    at_best = [v.clone() for v in frozen.net.head.state_dict().values()]
+    _train(frozen, range(2, 4))
+    now = frozen.evaluate()
+    frozen.write_classifier(best)
+    assert all(map(torch.equal, at_best, frozen.net.head.state_dict().values()))
+    frozen.write_classifier()
+    assert not torch.equal(at_best[-2], list(frozen.net.head.state_dict().values())[-2])
+    assert frozen.evaluate() == now
 
 
 def test_what_is_validated_is_what_the_model_says(datasets, tmp_path):
@@ -154,14 +203,17 @@ def test_mirror_images(datasets, tmp_path):
 @pytest.mark.parametrize('gram_bytes', [2**30, 0])
 def test_resumed(datasets, tmp_path, monkeypatch, gram_bytes):
     """Cut after an epoch and begun anew from the same model: the same weights, bit for bit."""
-    monkeypatch.setattr('timm_bilinear.tools.frozen._GRAM_BYTES', gram_bytes)
+    monkeypatch.setattr(frozen_stages, '_GRAM_BYTES', gram_bytes)
     whole = _stage(datasets, tmp_path / 'whole')
     _train(whole, range(5))
     whole.write_classifier()
     cut = _stage(datasets, tmp_path / 'cut')
     _train(cut, range(2))
     torch.save(cut.state_dict(), tmp_path / 'state.pth')
-    resumed = _stage(datasets, tmp_path / 'cut')
+    cut.write_classifier()
+    net = _net()
+    net.load_state_dict(cut.net.state_dict())  # as of the checkpoint
+    resumed = _stage(datasets, tmp_path / 'cut', net=net)
     resumed.load_state_dict(torch.load(tmp_path / 'state.pth', weights_only=True))
     _train(resumed, range(2, 5))
     resumed.write_classifier()
@@ -213,7 +265,9 @@ def test_not_finite(datasets, tmp_path):
     net = _net()
     with torch.no_grad():
         next(net.stream_a.parameters()).fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match=r"descriptor is not finite, of '.*class0.0.png' or one of the 7"):
+    with pytest.raises(
+        FloatingPointError, match=r"features are not finite in half precision, of '.*class0.0.png' or one of the 7"
+    ):
         _stage(datasets, tmp_path, net=net)
 
 
@@ -222,23 +276,22 @@ def test_not_finite(datasets, tmp_path):
     [
         (_net, 1.0, None),
         (_net, 0.0, '--head-cache is 0'),
-        (lambda: _net(proj_dim=16), 1.0, 'more than its classifier'),
         (lambda: timm.create_model('test_resnet', num_classes=3), 1.0, 'no bilinear CNN'),
-        (lambda: _net(pool_type=''), 1.0, 'pooled features'),
+        (lambda: _net(pool_type=''), 1.0, 'no pooling'),
     ],
 )
 def test_reasons(datasets, tmp_path, net, budget, reason):
-    found = no_cache_reason(net(), datasets, 0.5, budget, tmp_path / 'cache')
+    found = no_cache_reason(net(), SGD, datasets, CONFIG, 0.5, budget, tmp_path / 'cache')
     assert (found is None) if reason is None else (reason in found)
 
 
 def test_budget_is_that_of_the_file(datasets, tmp_path):
     size = _stage(datasets, tmp_path / 'cache').file.file.stat().st_size
-    assert no_cache_reason(_net(), datasets, 0.5, 1.0001e-9 * size, tmp_path / 'cache') is None
-    assert 'GB' in no_cache_reason(_net(), datasets, 0.5, 0.9999e-9 * size, tmp_path / 'cache')
-    assert no_cache_reason(_net(), datasets, 0.0, 0.9999e-9 * size, tmp_path / 'cache') is None
+    assert no_cache_reason(_net(), SGD, datasets, CONFIG, 0.5, 1.0001e-9 * size, tmp_path / 'cache') is None
+    assert 'GB' in no_cache_reason(_net(), SGD, datasets, CONFIG, 0.5, 0.9999e-9 * size, tmp_path / 'cache')
+    assert no_cache_reason(_net(), SGD, datasets, CONFIG, 0.0, 0.9999e-9 * size, tmp_path / 'cache') is None
 
 
 def test_a_full_disk_is_seen_before(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda path: type('usage', (), dict(free=1000)))
-    assert '0.0 GB left' in no_cache_reason(_net(), datasets, 0.5, 8.0, tmp_path / 'cache')
+    assert '0.0 GB left' in no_cache_reason(_net(), SGD, datasets, CONFIG, 0.5, 8.0, tmp_path / 'cache')

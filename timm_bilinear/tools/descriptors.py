@@ -1,4 +1,4 @@
-"""Descriptors of many images in a file: computed once, in half precision, gone on with where they were interrupted."""
+"""What is kept of many images, in a file: descriptors or feature maps, in half precision, gone on with after a cut."""
 
 import hashlib
 import json
@@ -15,13 +15,22 @@ __all__ = ['DescriptorFile', 'descriptor_key']
 
 
 def descriptor_key(
-    net: nn.Module, data_config: Dict[str, Any], fingerprint: str, amp_dtype: Optional[torch.dtype]
+    net: nn.Module,
+    trained_prefix: str,
+    data_config: Dict[str, Any],
+    fingerprint: str,
+    amp_dtype: Optional[torch.dtype],
 ) -> str:
-    """Hash of everything that descriptors depend on: the model without its classifier, preprocessing, images, dtype."""
-    settings = (fingerprint, sorted((key, str(value)) for key, value in data_config.items()), str(amp_dtype))
+    """Hash of all that is kept depends on: the model but for what is trained, preprocessing, images, dtype."""
+    settings = (
+        trained_prefix,
+        fingerprint,
+        sorted((key, str(value)) for key, value in data_config.items()),
+        str(amp_dtype),
+    )
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in net.state_dict().items():
-        if not name.startswith('head.fc.'):
+        if not name.startswith(trained_prefix):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -60,7 +69,7 @@ class DescriptorFile:
         """
         stored = values.half()
         if not stored.isfinite().all():
-            raise FloatingPointError('a descriptor is not finite')
+            raise FloatingPointError('features are not finite')
         self.rows[start : start + len(values)] = stored.cpu().numpy()
 
     def save_progress(self):

