@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import timm
 import torch
 
 from timm_bilinear import cli
+from timm_bilinear.tools.interrupt import Terminated
 
 COMMANDS = ('finetune', 'evaluate', 'predict', 'export', 'push', 'prepare', 'benchmark')
 # What the command does with its arguments, and what it has imported then.
@@ -128,7 +130,8 @@ def test_only_what_is_given():
             "timm-bilinear: error: [Errno 28] No space left on device: 'x'",
             None,
         ),
-        (KeyboardInterrupt(), 130, ''),
+        (KeyboardInterrupt(), 130, 'Stopped.'),
+        (Terminated(), 143, 'Stopped.'),
         (KeyboardInterrupt('kept: 3 epochs'), 130, 'kept: 3 epochs'),
     ],
 )
@@ -149,3 +152,31 @@ def test_exit_code_of_a_command(monkeypatch):
     with pytest.raises(SystemExit) as e:
         cli.main(['predict', 'model', 'image.jpg'])
     assert e.value.code == 1
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(number, code):
+    """Any command, in the middle of what it does: one line, the exit code that shells expect."""
+    script = """
+import os, sys
+from timm_bilinear import cli
+cli._function = lambda module, name: lambda **kwargs: os.kill(os.getpid(), int(sys.argv[1]))
+cli.main(['predict', 'model', 'image.jpg'])
+"""
+    done = _run(str(int(number)), script=script)
+    assert (done.returncode, done.stderr) == (code, 'timm-bilinear: Stopped.\n')
+
+
+def test_nobody_reads():
+    """As in `timm-bilinear evaluate ... | true`."""
+    script = """
+import sys
+from timm_bilinear import cli
+cli._function = lambda module, name: lambda **kwargs: print('x' * 10**6)
+cli.main(['export', 'model', 'model.onnx'])
+"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, '-c', script], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, '')

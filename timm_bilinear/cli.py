@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from .tools.interrupt import Terminated, catch_sigterm
 from .tools.options import check_value
 from .tools.settings import AMP_DTYPES, Settings, TrainAug
 
@@ -374,16 +375,19 @@ def main(argv: Optional[List[str]] = None):
     run = args.run
     del args.run
     try:
-        code = run(args)
+        with catch_sigterm():
+            code = run(args)
+            sys.stdout.flush()
     except _CommandError as e:
         commands[e.args[0]].error(e.args[1])
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         message = ' '.join(str(e).split()) or type(e).__name__
         sys.exit(f'timm-bilinear: error: {message}')
     except KeyboardInterrupt as e:
-        message = str(e)
-        if message:
-            print(f'timm-bilinear: {message}', file=sys.stderr)
-        sys.exit(getattr(e, 'exit_code', 130))
+        print(f'timm-bilinear: {str(e) or "Stopped."}', file=sys.stderr)
+        sys.exit(getattr(e, 'exit_code', 143 if isinstance(e, Terminated) else 130))
     if code:
         sys.exit(code)

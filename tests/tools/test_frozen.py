@@ -1,7 +1,10 @@
 """The first stage on kept descriptors, against the same steps on the weight itself and against training on images."""
 
 import copy
+import errno
+import io
 import json
+import os
 
 import pytest
 import timm
@@ -12,7 +15,7 @@ from PIL import Image
 from timm_bilinear.data.folder import create_datasets
 from timm_bilinear.models import BilinearCNN
 from timm_bilinear.tools import frozen_stages
-from timm_bilinear.tools.frozen import FrozenStage
+from timm_bilinear.tools.frozen import FeatureError, FrozenStage
 from timm_bilinear.tools.frozen_stages import DescriptorStage, GramStage, MapStage, create_frozen_stage, no_cache_reason
 from timm_bilinear.tools.recipe import Stage
 
@@ -295,3 +298,24 @@ def test_budget_is_that_of_the_file(datasets, tmp_path):
 def test_a_full_disk_is_seen_before(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda path: type('usage', (), dict(free=1000)))
     assert '0.0 GB left' in no_cache_reason(_net(), SGD, datasets, CONFIG, 0.5, 8.0, tmp_path / 'cache')
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[1]', '{"key": "x"', '{"key": null, "done": 3}'])
+def test_damaged_progress_is_no_progress(datasets, tmp_path, text):
+    whole = _stage(datasets, tmp_path / 'whole')
+    _stage(datasets, tmp_path / 'cut')
+    (tmp_path / 'cut' / 'descriptors.0.json').write_text(text)
+    assert (_stage(datasets, tmp_path / 'cut').file.rows[:] == whole.file.rows[:]).all()
+
+
+def test_a_disk_fills_up(datasets, tmp_path):
+    """What is mapped into memory would kill the process."""
+
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    frozen = create_frozen_stage(_net(), SGD, datasets, CONFIG, tmp_path, batch_size=8, workers=0)
+    frozen.file._writer = FullDisk(tmp_path / 'descriptors.bin', 'r+b')
+    with pytest.raises(OSError, match=r"Cannot write '.*descriptors.bin': No space left on device; make room, or use"):
+        frozen._prepare()

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ['DescriptorFile', 'descriptor_key']
+__all__ = ['DescriptorFile', 'FeatureError', 'descriptor_key']
+
+
+class FeatureError(FloatingPointError):
+    """Features of an image cannot be kept."""
 
 
 def descriptor_key(
@@ -52,40 +56,62 @@ class DescriptorFile:
         self.done: Dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         size = 2 * math.prod(shape)
-        is_whole = self.file.is_file() and self.file.stat().st_size == size
-        if is_whole and self.progress.is_file():
+        if self.file.is_file() and self.file.stat().st_size == size:
+            self.done = self._read_progress()
+        with self.file.open('ab') as f:
+            f.truncate(size)
+        # written by calls, since a disk that fills up under mapped memory kills the process
+        self._writer = self.file.open('r+b', buffering=0)
+        self.rows = np.memmap(self.file, np.float16, 'r', shape=shape)
+
+    def _read_progress(self) -> Dict[str, int]:
+        """Rows that are there of what the key stands for; none if the file that says so is not whole."""
+        try:
             content = json.loads(self.progress.read_text())
-            self.done = content['done'] if content['key'] == key else {}
-        if not is_whole:
-            with self.file.open('ab') as f:  # which several processes may do
-                f.truncate(size)
-        self.rows = np.memmap(self.file, np.float16, 'r+', shape=shape)
+            return {split: int(done) for split, done in content['done'].items()} if content['key'] == self.key else {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return {}
 
     def write(self, start: int, values: torch.Tensor):
         """Write (n, D) descriptors into the rows from `start`.
 
         Raises:
-            FloatingPointError: If one is not finite in half precision.
+            FeatureError: If one is not finite in half precision.
+            OSError: If the disk is full.
         """
         stored = values.half()
         if not stored.isfinite().all():
-            raise FloatingPointError('features are not finite')
-        self.rows[start : start + len(values)] = stored.cpu().numpy()
+            raise FeatureError('features are not finite in half precision')
+        data = memoryview(stored.cpu().contiguous().numpy()).cast('B')
+        try:
+            self._writer.seek(start * self.rows.strides[0])
+            while data:  # a signal may cut a call short
+                data = data[self._writer.write(data) :]
+        except OSError as e:
+            raise OSError(f"Cannot write '{self.file}': {e.strerror}; make room, or use --head-cache 0.") from e
 
     def save_progress(self):
         """See what is written to the disk, and only then say so."""
-        self.rows.flush()
+        os.fsync(self._writer.fileno())
         partial = self.progress.with_suffix('.partial')
-        partial.write_text(json.dumps(dict(key=self.key, done=self.done)))
+        with partial.open('w') as f:
+            json.dump(dict(key=self.key, done=self.done), f)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(partial, self.progress)
 
     def read(self, rows: Any, columns: slice = slice(None)) -> torch.Tensor:
         """Float32 descriptors of the rows, in the order given."""
-        return torch.from_numpy(np.ascontiguousarray(self.rows[rows, columns])).float()
+        return torch.from_numpy(np.array(self.rows[rows, columns])).float()
+
+    def close(self):
+        """Let go of the file."""
+        self._writer.close()
+        self.rows = None
 
     def remove(self):
         """Remove the files, and the folder if nothing else is in it."""
-        self.rows = None
+        self.close()
         folder = self.file.parent
         for path in (self.file, *folder.glob('descriptors.*')):
             path.unlink(missing_ok=True)

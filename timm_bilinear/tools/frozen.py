@@ -18,13 +18,13 @@ from torch import nn
 from ..data.folder import ImageList
 from ..data.loader import create_loader
 from ..models import BilinearCNN
-from .descriptors import DescriptorFile, descriptor_key
+from .descriptors import DescriptorFile, FeatureError, descriptor_key
 from .distributed import Ranks, broadcast
 from .inference import autocast
 from .progress import RunLog
 from .recipe import Stage
 
-__all__ = ['FrozenStage', 'count_views']
+__all__ = ['FeatureError', 'FrozenStage', 'count_views']
 
 _ONE_PROCESS = Ranks()
 _UNSAVED_BYTES = 2**28  # of the file that an interruption may cost
@@ -94,7 +94,7 @@ class FrozenStage:
         shape = (self.num_views + self.num_val, self.columns)
         key = descriptor_key(net, self.trained_prefix, data_config, fingerprint, amp_dtype)
         if ranks.is_first:
-            DescriptorFile(Path(folder), shape, key)
+            DescriptorFile(Path(folder), shape, key).close()
         broadcast(None, ranks)  # the file is there for all
         self.file = DescriptorFile(Path(folder), shape, key, ranks.rank)
         self.is_prepared = False
@@ -178,12 +178,9 @@ class FrozenStage:
             rows = torch.stack(values, 1).flatten(0, 1)
             try:
                 self.file.write(first_row + views * start, rows)
-            except FloatingPointError as e:
+            except FeatureError as e:
                 path = self.datasets[split].paths[start]
-                raise FloatingPointError(
-                    f"{e} in half precision, of '{path}' or one of the {len(images) - 1} images after it"
-                    ' (--head-cache 0 keeps none)'
-                ) from None
+                raise FeatureError(f"{e}, of '{path}' or one of the {len(images) - 1} images after it") from None
             start, unsaved = start + len(images), unsaved + rows.nbytes
             self.file.done[split] = start - count * rank // world_size
             if unsaved > _UNSAVED_BYTES:
@@ -215,7 +212,8 @@ class FrozenStage:
             'loss' and 'top1' (percent) on the way.
 
         Raises:
-            FloatingPointError: If the loss, or what is kept of an image, is not finite.
+            FloatingPointError: If the loss is not finite; FeatureError, if what is kept of an image is not.
+            OSError: If the disk is full.
         """
         self._prepare()
         self.net.train()
@@ -256,3 +254,5 @@ class FrozenStage:
         broadcast(None, self.ranks)  # nobody reads it any more
         if self.ranks.is_first:
             self.file.remove()
+        else:
+            self.file.close()
