@@ -2,9 +2,10 @@
 
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
@@ -13,7 +14,7 @@ from torch import nn
 
 from .._compat import search_split
 
-__all__ = ['class_names', 'ordered_names', 'read_label_names', 'stored_label_names']
+__all__ = ['class_names', 'given_names', 'ordered_names', 'read_label_names', 'stored_label_names']
 
 _logger = logging.getLogger(__name__)
 
@@ -29,16 +30,24 @@ def read_label_names(path: Union[str, Path]) -> List[str]:
         OSError: If it cannot be read.
         ValueError: If it is not such a file.
     """
-    text = Path(path).read_text(encoding='utf-8-sig').strip()
-    if text.startswith(('[', '{')):
-        try:
-            names = json.loads(text)
-        except json.JSONDecodeError as e:
+    try:
+        text = Path(path).read_text(encoding='utf-8-sig').strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"The label names '{path}' are no text in UTF-8.") from None
+    except (OSError, ValueError) as e:
+        reason = getattr(e, 'strerror', None) or str(e)
+        kind = type(e) if isinstance(e, OSError) else ValueError
+        raise kind(f"The label names '{path}' cannot be read ({reason}).") from None
+    try:
+        names = json.loads(text) if text.startswith(('[', '{')) else None
+    except ValueError as e:
+        if text.endswith((']', '}')):
             raise ValueError(f"The label names '{path}' are not valid JSON: {e}.") from None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"The label names '{path}' must be a JSON list of strings.")
-    else:
+        names = None  # a name may begin with a bracket
+    if names is None:
         names = [line.strip() for line in text.split('\n')]
+    elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"The label names '{path}' must be a JSON list of strings.")
     if '' in names:
         raise ValueError(f"The label names '{path}' have no name for class {names.index('')}.")
     return names
@@ -62,6 +71,37 @@ def ordered_names(names: Any, num_classes: int) -> Optional[List[str]]:
         by_index = {int(index): str(name) for index, name in names.items()}
         return [by_index.get(index, str(index)) for index in range(num_classes)]
     return [str(name) for name in names] if len(names) == num_classes else None
+
+
+def given_names(
+    names: Union[str, Path, Sequence[str], Dict[Any, Any], None], num_classes: Optional[int] = None
+) -> Union[List[str], Dict[Any, Any], None]:
+    """Class names as a caller gives them.
+
+    Args:
+        names: List, tuple, dictionary as for `ordered_names`, file as for `read_label_names`, or None.
+        num_classes: Number of classes; None before it is known.
+
+    Returns:
+        Names in the order of the logits, or as they are without `num_classes`; None for None.
+
+    Raises:
+        OSError: If the file cannot be read.
+        TypeError: If they are something else.
+        ValueError: If they are the names of another number of classes, or the file is no list of names.
+    """
+    if isinstance(names, (str, os.PathLike)):
+        names = read_label_names(names)
+    if names is not None and not isinstance(names, (list, tuple, dict)):
+        kind = type(names).__name__
+        raise TypeError(f"'label_names' must be a list of names, {{index: name}}, or a file of them, got {kind}.")
+    if names is None or num_classes is None:
+        return names
+    ordered = ordered_names(names, num_classes)
+    if ordered is None:
+        what = 'other indices' if isinstance(names, dict) and len(names) <= num_classes else f'{len(names)} names'
+        raise ValueError(f"'label_names' must name {num_classes} classes, got {what}.")
+    return ordered
 
 
 def stored_label_names(model: nn.Module) -> Optional[List[str]]:

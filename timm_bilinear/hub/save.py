@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
@@ -16,12 +14,10 @@ from torch import nn
 
 from ..layers.arguments import runtime_arguments
 from ..models import BilinearCNN
-from .labels import stored_label_names
+from .labels import given_names, stored_label_names
+from .partial import partial_path
 
 __all__ = ['save_model', 'unwrap']
-
-_PARTIAL = '.partial-'  # start of the name of a folder that is being written
-
 
 def unwrap(model: Any) -> nn.Module:
     """The model made by timm, out of what compiles, parallelises or averages it.
@@ -63,7 +59,7 @@ def _stored_tensors(model: nn.Module, half: bool) -> Dict[str, torch.Tensor]:
 
 def _labels(model: nn.Module, label_names: Optional[Sequence[str]]) -> Dict[str, Any]:
     """Names of the classes, given or the model's own, and what the model has to say of them."""
-    names = list(label_names) if label_names else stored_label_names(model)
+    names = given_names(label_names, model.num_classes) or stored_label_names(model)
     if not names:
         return {}
     described = (getattr(model, 'pretrained_cfg', None) or {}).get('label_descriptions')
@@ -84,11 +80,9 @@ def _folder(directory: Path) -> Iterator[Path]:
     try:
         if made:
             directory.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=directory))
-        try:
+        with partial_path(directory, '.partial-') as partial:
+            partial.mkdir()
             yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except BaseException:
         with contextlib.suppress(OSError):  # not empty, so that it is not only ours
             for path in made:
@@ -112,7 +106,8 @@ def save_model(
     Args:
         model: Model made by `timm.create_model`, maybe compiled, or in a wrapper that parallelises or averages it.
         directory: Folder for config.json and model.safetensors; files of these names are replaced.
-        label_names: Class names in the order of the logits; None for those in the model's `pretrained_cfg`, if any.
+        label_names: Class names in the order of the logits, {index: name}, or a file of them; None for those in the
+            model's `pretrained_cfg`, if any.
         data_config: Preprocessing used with the weights, as of `timm.data.resolve_input_data_config`.
         half: Store weight matrices in half precision; the loaded model has float32.
 
@@ -122,8 +117,10 @@ def save_model(
     Raises:
         OSError: If the files cannot be written; nothing half-written is left.
         TypeError: If the model was not made by timm.
-        ValueError: If a weight is too large for half precision.
+        ValueError: If a weight is too large for half precision, or `label_names` are not as many as classes.
     """
+    if not os.fspath(directory):
+        raise ValueError("'directory' must name a folder, got ''.")
     model = unwrap(model)
     tensors = _stored_tensors(model, half)
     # What timm writes is what it is given: not the model itself, but one that says of it what is to be stored.
