@@ -2,8 +2,8 @@
 
 python hub/recipes/images_per_second.py --output docs/images_per_second.md
 
-Training steps at 448 px in NCHW float32, in channels-last float32 and in what `--amp auto` takes; prediction from a folder
-of large JPEG files by timm's transform, file after file, and by `predict`. Contestants take turns, medians count.
+Training steps at 448 px in NCHW float32, in channels-last float32 and in what `--amp auto` takes; prediction from large
+JPEG files by timm's transform, file after file, and by `predict`. Contestants take turns, medians count.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def measure(models: List[str], batch_size: int, photos: int, repeats: int) -> st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['bcnn_resnet18', 'bcnn_vgg16'])
+    parser.add_argument('--models', nargs='+', default=['bcnn_resnet18'])
     parser.add_argument('--batch-size', type=int, default=8, help='images in a training step (default: %(default)s)')
     parser.add_argument('--photos', type=int, default=16, help='files to predict (default: %(default)s)')
     parser.add_argument('--repeats', type=int, default=5, help='(default: %(default)s)')
