@@ -34,7 +34,7 @@ def test_splits_and_classes(tmp_path, names):
 @pytest.mark.parametrize('name', ['nowhere', 'file'])
 def test_missing_folder(tmp_path, name):
     (tmp_path / 'file').touch()
-    _fails('does not exist', '', error=OSError)
+    _fails('data_dir.*does not exist', '', error=OSError)
     _fails(name, tmp_path / name, error=OSError)
 
 
@@ -75,7 +75,11 @@ def test_hidden_entries(tmp_path):
         make_image(tmp_path / name)
     make_image(tmp_path / 'train' / '__MACOSX' / '0.png')
     data = create_datasets(tmp_path)
-    assert data.class_names == ['ant', 'bee'] and len(data.splits['train']) == 4 and not data.skipped
+    assert data.class_names == ['ant', 'bee'] and len(data.splits['train']) == 4
+    assert data.skipped == [
+        "'train/.ipynb_checkpoints' is hidden (1 images).",
+        "'train/__MACOSX' is hidden (1 images).",
+    ]
 
 
 def test_what_does_not_fit_is_named_at_once(tmp_path):
@@ -269,6 +273,11 @@ def test_fingerprint(tmp_path):
     assert create_datasets(tmp_path / 'b').fingerprint != expected
     make_image(tmp_path / 'a' / 'train' / 'ant' / '0.png', 77, (17, 16))
     assert create_datasets(tmp_path / 'a').fingerprint != expected
+    same_size = make_folder(tmp_path / 'd') / 'train' / 'ant' / '0.png'
+    content = bytearray(same_size.read_bytes())
+    content[-5] ^= 1  # of the last checksum, which Pillow does not look at
+    same_size.write_bytes(content)
+    assert create_datasets(tmp_path / 'd').fingerprint != expected
     renamed = make_folder(tmp_path / 'c')
     for split in ('train', 'val'):
         (renamed / split / 'bee').rename(renamed / split / 'bug')

@@ -14,7 +14,7 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset
 
 from timm_bilinear.data import ImageError, ImageList, create_datasets, create_loader, default_workers, open_image
-from timm_bilinear.data.loader import _min_size
+from timm_bilinear.data.loader import draft_size
 
 CONFIG = dict(
     input_size=(3, 24, 24),
@@ -150,15 +150,15 @@ def test_train_size_and_augmentation(dataset):
 def test_the_data_set_is_left_alone(dataset):
     loaders = [create_loader(dataset, CONFIG, 4, 0, is_training=t) for t in (True, False)]
     assert dataset.transform is None and dataset.min_size is None
-    assert loaders[0].dataset.min_size > loaders[1].dataset.min_size == 55  # 2 x 24 / 0.875, rounded up
+    assert loaders[0].dataset.min_size > loaders[1].dataset.min_size == 83  # 3 x 24 / 0.875, rounded up
 
 
 @pytest.mark.parametrize(
     'settings, is_training, expected',
     [
-        ({'crop_pct': 1.0}, False, 200),
-        ({'crop_pct': 0.5}, False, 400),
-        ({'crop_pct': None}, False, 229),
+        ({'crop_pct': 1.0}, False, 300),
+        ({'crop_pct': 0.5}, False, 600),
+        ({'crop_pct': None}, False, 343),
         ({'crop_pct': 1.0, 'crop_border_pixels': 2}, False, None),
         ({'scale': (0.25, 1.0)}, True, 400),
         ({}, True, 708),
@@ -167,24 +167,29 @@ def test_the_data_set_is_left_alone(dataset):
     ],
 )
 def test_smallest_draft(settings, is_training, expected):
-    assert _min_size({'input_size': (3, 60, 100), **settings}, is_training) == expected
+    assert draft_size({'input_size': (3, 60, 100), **settings}, is_training) == expected
 
 
-def test_drafts_hardly_change_what_the_model_sees(tmp_path):
+@pytest.mark.parametrize('size', [(800, 600), (600, 800), (793, 601), (801, 602), (800, 601), (788, 600), (1023, 767)])
+@pytest.mark.parametrize('change', [{}, {'crop_mode': 'border'}, {'crop_mode': 'squash', 'crop_pct': 1.0}], ids=str)
+def test_drafts_hardly_change_what_the_model_sees(tmp_path, size, change):
     """On noise with the spectrum of photographs; 8-bit steps of the 24 x 24 image."""
-    rng = np.random.default_rng(0)
-    spectrum = np.fft.rfft2(rng.standard_normal((600, 800, 3)), axes=(0, 1))
-    distance = np.hypot(np.fft.fftfreq(600)[:, None], np.fft.rfftfreq(800)[None])[..., None]
+    config, (width, height), rng = {**CONFIG, **change}, size, np.random.default_rng(0)
+    spectrum = np.fft.rfft2(rng.standard_normal((height, width, 3)), axes=(0, 1))
+    distance = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])[..., None]
     distance[0, 0] = 1
-    pixels = np.fft.irfft2(spectrum / distance, (600, 800), axes=(0, 1))
+    pixels = np.fft.irfft2(spectrum / distance, (height, width), axes=(0, 1))
     pixels = (128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / 'photo.jpg', quality=90)
     dataset = ImageList([tmp_path / 'photo.jpg'], [0], ['a'])
-    ((images, _),) = create_loader(dataset, CONFIG, 1, workers=0)
-    whole = create_transform(**CONFIG)(open_image(tmp_path / 'photo.jpg'))
+    ((images, _),) = create_loader(dataset, config, 1, workers=0)
+    whole = create_transform(**config)(open_image(tmp_path / 'photo.jpg'))
     steps = (images[0] - whole).abs() * torch.tensor(CONFIG['std']).view(3, 1, 1) * 255
-    assert open_image(tmp_path / 'photo.jpg', min_size=55).size == (100, 75)  # an eighth
-    assert 0 < steps.mean() < 1.5 and steps.max() < 8
+    assert steps.mean() < 1 and steps.max() < 6
+    smallest = draft_size(config)
+    factor = max(f for f in (1, 2, 4, 8) if (width % f == height % f == 0 and min(size) // f >= smallest) or f == 1)
+    assert open_image(tmp_path / 'photo.jpg', min_size=smallest).size == (width // factor, height // factor)
+    assert (steps.max() == 0) == (factor == 1)
 
 
 def test_models_with_more_channels(dataset):

@@ -219,8 +219,8 @@ def state_dict_alone(path):
         (lambda p: p, FileNotFoundError, r"There is no checkpoint '.*x'"),
         (broken, ValueError, r"'.*x' is not a checkpoint that can be read"),
         (text, ValueError, r"'.*x' is not a checkpoint that can be read"),
-        (state_dict_alone, ValueError, r"'.*x' is not a checkpoint of timm's train script"),
-        (lambda p: p.mkdir() or p, ValueError, r"'.*x' has no config.json"),
+        (state_dict_alone, ValueError, r"'.*x' holds weights, .*give a folder with a config\.json"),
+        (lambda p: p.mkdir() or p, FileNotFoundError, r"'.*x' is no folder of a model"),
     ],
 )
 def test_bad_checkpoints(tmp_path, make, error, message):

@@ -13,7 +13,7 @@ from timm_bilinear.hub.checkpoint import Trained
 from timm_bilinear.hub.model_card import create_card
 
 LABELS = ['ant', 'bee', 'cat']
-BILINEAR = ('bilinear CNN', '1504.07889', 'bilinear-cnn', 'lin2015bilinear', 'import timm_bilinear', 'descriptor')
+BILINEAR = ('A bilinear CNN', '1504.07889', 'bilinear-cnn', 'lin2015bilinear', 'descriptor')
 
 
 def card_of(model, tmp_path, **kwargs):
@@ -42,6 +42,7 @@ def test_classifiers(tmp_path, monkeypatch, capsys, in_chans, plain):
     assert {line.split(':')[0] for line in printed} == set(LABELS)
     assert names['image'].shape[1] == in_chans
     assert card.data.pipeline_tag == 'image-classification' and '| classes | 3 |' in card.text
+    assert card.text.index('import timm_bilinear') < card.text.index('create_model')
     for said in BILINEAR:
         assert (said in card.content) != plain, said
     if plain:
@@ -71,7 +72,8 @@ def test_feature_extractors(tmp_path, monkeypatch, capsys, kind):
         assert names['features'].ndim == (2 if kind == 'plain' else 4)
     if kind.startswith('unpooled'):
         assert f'map of {names["features"].shape[1]} channels' in card.text
-    for said in ('bilinear CNN', 'lin2015bilinear', 'import timm_bilinear'):
+    assert 'import timm_bilinear' in card.text
+    for said in ('of a bilinear CNN' if kind.startswith('un') else 'A bilinear CNN', 'lin2015bilinear'):
         assert (said in card.content) != kind.startswith('plain'), said
 
 
@@ -80,4 +82,4 @@ def test_feature_extractors(tmp_path, monkeypatch, capsys, kind):
 )
 def test_origin(args, origin):
     text = create_card(Trained(timm.create_model('test_resnet'), args=args), 'me/insects').text
-    assert origin in text and ('timm_bilinear' in text) == ('with' in origin)
+    assert f'{origin} timm_bilinear' in text if 'with' in origin else f"trained with timm's {origin}" in text

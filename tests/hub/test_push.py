@@ -136,7 +136,7 @@ def test_push_half(model, tmp_path):
 def test_push_of_a_repo_sends_its_files(model, tmp_path):
     repo, copy = tmp_path / 'repo', tmp_path / 'copy'
     hub.push_to_hub(model, 'me/m', dry_run=repo, license='mit')
-    (repo / 'README.md').write_text('my card')
+    (repo / 'README.md').write_text('my card ![](picture.png)')
     (repo / 'picture.png').write_bytes(b'png')
     hub.push_to_hub(repo, 'me/m', dry_run=copy)
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in repo.iterdir()}

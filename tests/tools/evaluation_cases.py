@@ -72,7 +72,7 @@ def write(folder, levels=LEVELS):
 
 
 def run(*args, **kwargs):
-    return evaluate(*args, workers=0, device='cpu', progress=False, **kwargs)
+    return evaluate(*args, **dict(dict(workers=0, device='cpu', progress=False), **kwargs))
 
 
 def read_csv(path):

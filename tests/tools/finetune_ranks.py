@@ -1,4 +1,4 @@
-"""Fine-tunes as one of the processes of torchrun, or alone: run by test_torchrun.py.
+"""Fine-tunes as one of the processes of torchrun: run by test_torchrun.py.
 
 python finetune_ranks.py DATA OUTPUT SETTINGS
 """

@@ -2,7 +2,10 @@
 
 python kill_points.py DATA FOLDER GB
 
-GB of descriptors may be kept for the first stage.
+GB of descriptors may be kept for the first stage; with 0 there is the second alone,
+whose changes are among those of both.
+
+Of states without a checkpoint, which start anew, and of the second stage alone every third is resumed.
 
 Prints the numbers of changes, of different states of the folder between them, and of those that had a checkpoint.
 """
@@ -62,7 +65,8 @@ class Snapshots:
 def main():
     torch.set_num_threads(1)
     data, base = Path(sys.argv[1]), Path(sys.argv[2])
-    whole, settings = base / 'whole', dict(SMALL, stages=STAGES, head_cache=float(sys.argv[3]))
+    cache = float(sys.argv[3])
+    whole, settings = base / 'whole', dict(SMALL, stages=STAGES if cache else STAGES[1:], head_cache=cache)
     FrozenStage.save_interval = 0.0  # after every epoch
     snapshots = Snapshots(whole, base)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -70,8 +74,11 @@ def main():
     snapshots.is_copying = True  # no more
     expected, resumed = digests(whole), 0
     names = {p.name for p in whole.rglob('*')}
-    for folder in snapshots.states.values():
-        resumed += (folder / 'checkpoints' / 'last.pth.tar').is_file()
+    for number, folder in enumerate(snapshots.states.values()):
+        has_checkpoint = (folder / 'checkpoints' / 'last.pth.tar').is_file()
+        if number % 3 and not (cache and has_checkpoint):
+            continue
+        resumed += has_checkpoint
         with contextlib.redirect_stdout(io.StringIO()):
             finetune(data, folder, resume=True, **settings)  # as one who does not know how far it came
         found = digests(folder)

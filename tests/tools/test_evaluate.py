@@ -87,7 +87,7 @@ def test_class_unknown_to_the_model(data, tmp_path):
 
 
 def test_nan_is_said_by_the_images_name(data, tmp_path):
-    with pytest.raises(ValueError, match=r"logits for '[^']*dog/1\.png' are not finite"):
+    with pytest.raises(ValueError, match=r"probabilities for '[^']*dog/1\.png' are not finite"):
         run(Nearest(poison=92), data, batch_size=4, output=tmp_path / 'a' / 'b')
     assert list(tmp_path.iterdir()) == []
 
@@ -101,14 +101,32 @@ def test_nan_is_said_by_the_images_name(data, tmp_path):
         (dict(worst=-1), "'worst' must be"),
         (dict(pairs=1.5), "'pairs' must be"),
         (dict(split='tset'), 'tset'),
+        (dict(split='a/b'), "'split' must be"),
+        (dict(split='..'), "'split' must be"),
+        (dict(split=''), "'split' must be"),
+        (dict(split=None), "'split' must be"),
+        (dict(split='/test'), "'split' must be"),
+        (dict(split='a\\b'), "'split' must be"),
+        (dict(data=''), "'data' is empty"),
+        (dict(data=None), "'data' must be"),
+        (dict(data=3), "'data' must be"),
+        (dict(output=''), "'output' is empty"),
+        (dict(root=''), "'root' is empty"),
+        (dict(class_map=''), "'class_map' is empty"),
+        (dict(batch_size=2.0), "'batch_size' must be a whole number"),
+        (dict(workers=True), "'workers' must be a whole number"),
+        (dict(device=3.4), "'device'"),
+        (dict(label_names=7), "'label_names' must be a list"),
         (dict(label_names=['a']), "'label_names' must name 7"),
+        (dict(label_names={7: 'a'}), "'label_names' must name 7"),
+        (dict(label_names='gone.txt'), "The label names 'gone.txt'"),
         (dict(model='no_such_model'), 'no_such_model'),
         (dict(data='nowhere'), 'nowhere'),
     ],
 )
 def test_wrong_arguments_are_named(data, tmp_path, wrong, message):
     arguments = dict(dict(model=Nearest(), data=data, output=tmp_path / 'out'), **wrong)
-    with pytest.raises((ValueError, OSError), match=message) as caught:
+    with pytest.raises((ValueError, OSError, TypeError), match=message) as caught:
         run(arguments.pop('model'), arguments.pop('data'), **arguments)
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'out').exists()
@@ -228,8 +246,8 @@ def test_named_datasets(data, tmp_path):
     assert [row['target'] for row in rows] == [NAMES[target] for _, target, _, _ in expected()]
     sheet = np.asarray(Image.open(tmp_path / 'worst_images.png'))
     assert all(((sheet == level).all(2)).sum() > 5000 for level in LEVELS['dog'])
-    with pytest.raises(ValueError, match='other classes'):
-        run(Nearest(), 'torch/image_folder', root=data)
+    # classes go by their names, as those of a folder do
+    assert run(Nearest(), 'torch/image_folder', root=data)['loss'] == run(Nearest(), data)['loss']
 
 
 def test_streams_have_no_names_for_images(tmp_path):
@@ -237,6 +255,9 @@ def test_streams_have_no_names_for_images(tmp_path):
 
     class Images(torch.utils.data.IterableDataset):
         transform = None
+
+        def __len__(self):
+            return len(levels)
 
         def __iter__(self):
             for _, target, level in levels:

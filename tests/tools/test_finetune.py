@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import threading
 
 import pytest
 import timm
@@ -19,6 +20,8 @@ from timm_bilinear.hub import save_model
 from timm_bilinear.tools import inference, session, training
 from timm_bilinear.tools.finetune import Stage, evaluate, finetune, resolve_amp_dtype
 from timm_bilinear.tools.training import ImageStage, class_weights
+
+FROZEN = [Stage(1, 'sgd', lr=0.0, head_lr=1.0, weight_decay=0.0)]
 
 
 @pytest.fixture(scope='module')
@@ -140,10 +143,9 @@ def test_overwrite_and_resume_of_nothing(data, tmp_path):
 
 
 def test_other_models_for_comparison(data, tmp_path):
-    frozen = [Stage(1, 'sgd', lr=0.0, head_lr=1.0, weight_decay=0.0)]
     plain = dict(SMALL, model='test_resnet', model_kwargs=None)
     with pytest.raises(ValueError, match=r"'model'.*frozen.*test_resnet.*head_epochs=0"):
-        finetune(data, tmp_path / 'out', **dict(plain, stages=frozen))
+        finetune(data, tmp_path / 'out', **dict(plain, stages=FROZEN))
     assert not (tmp_path / 'out').exists()
     finetune(data, tmp_path / 'out', **dict(plain, train_size=24, epochs=1))
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
@@ -192,6 +194,46 @@ def test_diverged_loss(data, tmp_path, monkeypatch, capsys, lr, options, amp):
         main(['finetune', '--help'])
     help = capsys.readouterr().out
     assert all(option in help for option in re.findall(r'--[a-z-]+', str(e.value)))
+
+
+def test_a_closed_pipe_ends_nothing(data, tmp_path, monkeypatch):
+    class Closed:
+        lines = 0
+
+        def write(self, text):
+            self.lines += text.count('\n')
+
+        def flush(self):
+            if self.lines > 1:
+                raise BrokenPipeError(32, 'Broken pipe')
+
+    for log_format in ('text', 'json'):
+        monkeypatch.setattr(sys, 'stdout', Closed())
+        finetune(data, tmp_path / log_format, **dict(SMALL, epochs=2, log_format=log_format))
+        assert sys.stdout.lines == 2 and (tmp_path / log_format / 'results.json').is_file()
+
+
+def test_one_run_in_a_process(data, tmp_path, monkeypatch):
+    """Random states are the process's: a second one would change what the first gives."""
+    refused, train_epoch = [], ImageStage.train_epoch
+
+    def other():
+        with pytest.raises(RuntimeError, match='Another run goes on in this process') as e:
+            finetune(data, tmp_path / 'other', **dict(SMALL, epochs=1))
+        refused.append(e)
+
+    def train(self, *args):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return train_epoch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStage, 'train_epoch', train)
+        finetune(data, tmp_path / 'out', **dict(SMALL, epochs=1))
+    assert len(refused) == 1 and not (tmp_path / 'other').exists()
+    finetune(data, tmp_path / 'other', **dict(SMALL, epochs=1))
+    assert digests(tmp_path / 'out') == digests(tmp_path / 'other')
 
 
 def test_early_stopping(data, tmp_path, capsys):

@@ -224,9 +224,8 @@ def test_resumed(datasets, tmp_path, monkeypatch, gram_bytes):
     assert torch.equal(whole.net.head.fc.bias, resumed.net.head.fc.bias)
 
 
-def test_interrupted_while_descriptors_are_made(datasets, tmp_path, monkeypatch):
+def test_interrupted_while_descriptors_are_made(datasets, tmp_path):
     """What has been written and told is not computed again, and nothing else is believed."""
-    monkeypatch.setattr('timm_bilinear.tools.frozen._UNSAVED_BYTES', 0)
     whole = _stage(datasets, tmp_path / 'whole')
     net, calls = _net(), []
     forward = net.forward_features

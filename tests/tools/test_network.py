@@ -1,10 +1,15 @@
 """What a run trains: models of fixed input size, weights from files, and the save that is tried before training."""
 
+import errno
+import io
+import pickle
+
 import pytest
 import timm
 import torch
 from finetune_cases import MODEL, SMALL, make_images
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save, save_file
 
 from timm_bilinear.hub import save_model
 from timm_bilinear.tools import session
@@ -68,11 +73,23 @@ def test_refused_before_training(data, tmp_path, monkeypatch, given, message):
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('given', [dict(model='bcnn_resnet99'), dict(weights='nowhere'), dict(opt='sdg')])
-def test_arguments_are_checked_before_images(tmp_path, monkeypatch, given):
+@pytest.mark.parametrize(
+    'given, message',
+    [
+        (dict(model='bcnn_resnet99'), "'model'"),
+        (dict(weights='nowhere'), "'weights'"),
+        (dict(opt='sdg'), "'opt'"),
+        (dict(train_aug=dict(auto_augment='foo')), "'auto_augment': timm takes no 'foo' .*rand-"),
+        (dict(train_aug=dict(auto_augment='rand-q3')), "'auto_augment'"),
+        (dict(train_aug=dict(auto_augment='rand-mx9')), "'auto_augment'"),
+        (dict(train_aug=dict(color_jitter=(0.1, 0.1, 0.1, 0.9))), "'color_jitter'"),
+    ],
+)
+def test_arguments_are_checked_before_images(tmp_path, monkeypatch, given, message):
     monkeypatch.setattr(session, 'create_datasets', lambda *_, **__: pytest.fail('read images'))
-    with pytest.raises((FileNotFoundError, RuntimeError, ValueError), match=next(iter(given))):
+    with pytest.raises((FileNotFoundError, RuntimeError, ValueError), match=message) as e:
         finetune(tmp_path, tmp_path / 'out', **dict(SMALL, **given))
+    assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
 def test_a_save_is_tried_before_training(data, tmp_path, monkeypatch):
@@ -84,7 +101,7 @@ def test_a_save_is_tried_before_training(data, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr('timm_bilinear.tools.network.save_model', fail)
-        with pytest.raises(OSError, match='Read-only'):
+        with pytest.raises(OSError, match=r"'.*out' cannot hold the model: read-only file system; take another"):
             finetune(data, tmp_path / 'out', **SMALL)
     assert not (tmp_path / 'out').exists()
 
@@ -171,18 +188,95 @@ def test_weights_for_a_saved_model(tmp_path):
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in net.state_dict().items())
 
 
-@pytest.mark.parametrize('content', ['text', 'cut', 'other', 'list'])
-def test_no_weights(tmp_path, content):
-    path = tmp_path / 'weights.pth'
-    start = timm.create_model('bcnn', num_classes=2, backbone_a='test_convnext')
-    torch.save({'list': [1, 2]}.get(content, start.state_dict()), path)
-    if content == 'text':
-        path.write_text('hello')
-    elif content == 'cut':
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises((ValueError, RuntimeError)) as e:
-        _network(weights=path)
-    assert '\n' not in str(e.value) and ('weights' in str(e.value) or 'does not fit' in str(e.value))
+def _bytes(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    'name, content, reason',
+    [
+        ('a.pth', b'', 'it is empty'),
+        ('a.safetensors', b'', 'it is empty'),
+        ('a.pth', b'hello', 'no file of torch.save'),
+        ('a.pth', b'<!DOCTYPE html><html>', 'no file of torch.save'),
+        ('a.pth', b'a,b\n1,2\n', 'no file of torch.save'),
+        ('a.pth', save(dict(a=torch.zeros(9))), 'those of safetensors end in .safetensors'),
+        ('a.safetensors', b'hello', 'cut off, or no file of safetensors'),
+        ('a.safetensors', save(dict(a=torch.zeros(9)))[:-3], 'cut off, or no file of safetensors'),
+        ('a.safetensors', save({}), 'it holds no tensors by name'),
+        ('a.pth', _bytes(dict(a=torch.zeros(999)))[:1000], 'it is cut off'),
+        ('a.pth', pickle.dumps([1, 2]), 'holds no tensors by name'),
+        ('a.pth', _bytes([1, 2]), 'it holds no tensors by name'),
+        ('a.pth', _bytes(torch.zeros(3)), 'it holds no tensors by name'),
+        ('a.pth', _bytes({}), 'it holds no tensors by name'),
+        ('a.pth', _bytes(dict(state_dict={})), 'it holds no tensors by name'),
+        ('a.pth', _bytes(dict(epoch=1)), 'it holds no tensors by name'),
+        ('a.pth', _bytes(torch.nn.Linear(2, 2)), r'more than tensors \(torch.nn.modules.linear.Linear\)'),
+    ],
+    ids=[str(i) for i in range(17)],
+)
+@pytest.mark.parametrize('model', ['bcnn', 'test_resnet'])
+def test_damaged_weights(tmp_path, model, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    model_kwargs = MODEL['model_kwargs'] if model == 'bcnn' else None
+    with pytest.raises(ValueError, match=rf"^'weights': '\S+' cannot be read as weights: .*{reason}.*\.$") as e:
+        _network(model=model, model_kwargs=model_kwargs, weights=tmp_path / name)
+    assert '\n' not in str(e.value) and 'weights_only' not in str(e.value)
+
+
+@pytest.mark.parametrize('other', ['test_convnext', 'bcnn_resnet18', 'test_resnet', 'test_vit', 'one tensor'])
+@pytest.mark.parametrize('model', ['bcnn', 'test_resnet', 'test_vit'])
+def test_weights_that_do_not_fit(tmp_path, model, other):
+    """timm alone would only log what is missing, and train from nothing."""
+    if other == model:
+        return
+    start = {'a': torch.zeros(3)} if other == 'one tensor' else timm.create_model(other, num_classes=7).state_dict()
+    torch.save(start, tmp_path / 'weights.pth')
+    model_kwargs = MODEL['model_kwargs'] if model == 'bcnn' else None
+    with pytest.raises(ValueError, match=rf"^'weights': '\S+' does not fit {model}: .*\.$") as e:
+        _network(model=model, model_kwargs=model_kwargs, weights=tmp_path / 'weights.pth')
+    assert '\n' not in str(e.value) and 'pretrained_cfg' not in str(e.value) and len(str(e.value)) < 900
+
+
+@pytest.mark.parametrize('classes', [2, 7])
+def test_a_classifier_that_does_not_fit(tmp_path, classes):
+    """Of another model of the same streams."""
+    start = timm.create_model('bcnn', num_classes=classes, **dict(MODEL['model_kwargs'], proj_dim=8))
+    torch.save(start.state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match=r"^'weights': '\S+' does not fit bcnn: ") as e:
+        _network(weights=tmp_path / 'weights.pth')
+    assert 'pretrained_cfg_overlay' not in str(e.value)
+
+
+def test_a_model_that_cannot_be_made_is_not_the_fault_of_weights(tmp_path):
+    torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises((ValueError, TypeError), match='proj_dim'):
+        _network(model='test_resnet', model_kwargs=dict(proj_dim=8), weights=tmp_path / 'weights.pth')
+
+
+@pytest.mark.parametrize(
+    'error, told',
+    [
+        (OSError(errno.ENOSPC, 'No space left on device'), 'no space left; make room or take another --output'),
+        (SafetensorError('I/O error: No space left on device (os error 28)'), 'no space left; make room or take'),
+        (RuntimeError('[enforce fail] write failed: No space left on device'), 'no space left; make room or take'),
+        (OSError(errno.EROFS, 'Read-only file system'), 'read-only file system; take another --output'),
+        (SafetensorError('I/O error: Permission denied (os error 13)'), 'permission denied; take another --output'),
+    ],
+)
+def test_no_room_for_the_model(data, tmp_path, monkeypatch, error, told):
+    """Said before the first epoch, as a run that has none cannot be resumed."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr('timm_bilinear.hub.save.save_for_hf', fail)
+    with pytest.raises(OSError) as e:
+        finetune(data, tmp_path / 'out', **SMALL)
+    assert str(e.value).startswith(f"'{tmp_path / 'out'}' cannot hold the model: {told}") and 'rror' not in str(e.value)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_rebuilt_as_it_was(tmp_path):

@@ -139,15 +139,16 @@ def test_a_file_keeps_what_it_had_until_the_new_one_is_whole(model, images, tmp_
     Path('out.json').write_text('old')
     os.symlink('out.json', 'link.json')
 
-    def cut(*args):
+    def cut(*args, **kwargs):
         yield dict(image='x', error='y', predictions=[])
         assert Path('out.json').read_text() == 'old'
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr('timm_bilinear.tools.predict.iterate_predictions', cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"^Stopped: 'out\.json' is as it was\.$") as e:
             run_predict(model, images, json='out.json')
+        assert e.value.exit_code == 130
     assert Path('out.json').read_text() == 'old' and not list(tmp_path.glob('.*'))
     assert run_predict(model, images[:1], json='link.json') == 0
     assert Path('link.json').is_symlink() and len(strict(Path('out.json').read_text())) == 1

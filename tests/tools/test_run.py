@@ -1,7 +1,9 @@
 """The folder of a run: its lock, files that are written as a whole, what it may hold at the start."""
 
+import errno
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,7 +15,7 @@ import torch
 
 from timm_bilinear.tools import run as module
 from timm_bilinear.tools.lock import FolderLock
-from timm_bilinear.tools.run import RunFolder, best_epoch, write_whole
+from timm_bilinear.tools.run import RunFolder, best_epoch, check_place, write_whole
 
 HOLD = """
 import sys, time
@@ -209,6 +211,125 @@ def test_other_files_are_left_alone(tmp_path, flags):
     with pytest.raises(FileNotFoundError if flags == dict(resume=True) else FileExistsError, match=str(tmp_path)):
         RunFolder(tmp_path, **flags)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+
+
+def _cut_off(folder):
+    """What a run leaves before its first checkpoint."""
+    with RunFolder(folder) as run:
+        run.start(dict(model='x', fingerprint='y', given=[]))
+    for name in ('features/descriptors.bin', 'features/descriptors.0.json', 'tensorboard/events.out.tfevents.1.host.2'):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('x')
+
+
+@pytest.mark.parametrize('flags', [{}, dict(resume=True), dict(overwrite=True)])
+def test_a_run_that_was_cut_off_is_begun_again(tmp_path, flags):
+    _cut_off(tmp_path)
+    with RunFolder(tmp_path, **flags) as folder:
+        assert folder.checkpoint is None and folder.has_features
+        folder.start(dict(model='z', fingerprint='y', given=[]))
+        assert folder.has_features == (flags != dict(overwrite=True))
+    assert 'model: z' in (tmp_path / 'args.yaml').read_text() and not (tmp_path / 'tensorboard').exists()
+
+
+@pytest.mark.parametrize('flags', [{}, dict(resume=True), dict(overwrite=True)])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'features/notes.txt',
+        'features/descriptors.old/notes.txt',
+        'tensorboard/notes.txt',
+        'tensorboard/run1/events.out.tfevents.1',
+        'checkpoints/model.pt',
+        'checkpoints/tmp.pth.tar',
+        'checkpoints/mine/notes.txt',
+    ],
+)
+@pytest.mark.parametrize('beside', [False, True])
+def test_folders_of_others_are_left_alone(tmp_path, name, flags, beside):
+    """By the names of ours, with or without a run that was cut off beside them."""
+    if beside:
+        _cut_off(tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('mine')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(FileNotFoundError if flags == dict(resume=True) else FileExistsError, match=str(tmp_path)):
+        RunFolder(tmp_path, **flags)
+    assert sorted(tmp_path.rglob('*')) == before and path.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('args', ['', 'mine', '- 1', 'model: x\nlr: 0.1', 'a: [', None])
+@pytest.mark.parametrize('name', ['features/descriptors.bin', 'tensorboard/events.out.tfevents.1', 'args.yaml'])
+def test_only_our_arguments_make_a_run(tmp_path, args, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('mine')
+    if args is not None:
+        (tmp_path / 'args.yaml').write_text(args)
+    before = {p: p.read_text() for p in tmp_path.rglob('*') if p.is_file()}
+    with pytest.raises(FileExistsError, match='is not empty'):
+        RunFolder(tmp_path)
+    assert {p: p.read_text() for p in tmp_path.rglob('*') if p.is_file()} == before
+
+
+def test_hidden_files_of_others_are_left_alone(tmp_path):
+    for name in ('.trial/notes', '.partial-mine/notes', '.notes.partial', 'checkpoints/.notes.partial'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('mine')
+    before = set(tmp_path.rglob('*'))
+    with RunFolder(tmp_path) as folder:
+        folder.start(dict(model='x', fingerprint='y', given=[]))
+    with RunFolder(tmp_path, overwrite=True) as folder:
+        folder.start(dict(model='x', fingerprint='y', given=[]))
+    assert set(tmp_path.rglob('*')) == before | {tmp_path / 'args.yaml'}
+
+
+@pytest.mark.parametrize(
+    'number, told',
+    [
+        (errno.EROFS, 'read-only file system; take another --output'),
+        (errno.EACCES, 'permission denied; take another --output'),
+        (errno.ENOSPC, 'no space left; make room or take another --output'),
+    ],
+)
+@pytest.mark.parametrize('call', ['mkdir', 'open'])
+def test_output_that_cannot_be_written_to(tmp_path, monkeypatch, number, told, call):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number), 'x')
+
+    (tmp_path / 'made').mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError) as e:
+            RunFolder(tmp_path / ('made' if call == 'open' else 'out') / 'a')
+    assert re.fullmatch(rf"'{tmp_path}/\w+/a' cannot be written to: {told}\.", str(e.value)), str(e.value)
+    assert [p.name for p in tmp_path.rglob('*')] == ['made']
+
+
+def test_output_within_the_data(tmp_path):
+    for name in ('data/train/a', 'data/val/a', 'classes/a', 'classes/b'):
+        (tmp_path / name).mkdir(parents=True)
+    data, classes = str(tmp_path / 'data'), str(tmp_path / 'classes')
+    (tmp_path / 'link').symlink_to(tmp_path / 'data' / 'train')
+    for output in (
+        'data/train/out',
+        'data/val/out/a',
+        'data/train/a/out',
+        'link/out',
+        'data/test',
+        'data/../data/val/x',
+    ):
+        with pytest.raises(
+            ValueError, match=r"output '.*' must not lie inside the data '.*': it would be taken for a"
+        ) as e:
+            check_place(str(tmp_path / output), data, of_classes=False)
+        assert '\n' not in str(e.value)
+    with pytest.raises(ValueError, match='taken for a class'):
+        check_place(str(tmp_path / 'classes' / 'out'), classes, of_classes=True)
+    for output in ('data/out', 'data/runs/1', 'data/train/.runs/1', 'out', 'training', 'data2/train/out'):
+        check_place(str(tmp_path / output), data, of_classes=True)
+    check_place('torch/cifar10/out', 'torch/cifar10', of_classes=True)
+    check_place(str(tmp_path / 'out'), None, of_classes=False)
 
 
 def test_no_folder(tmp_path):

@@ -1,11 +1,15 @@
 """Settings: one source of names, defaults, types and bounds."""
 
+import enum
+import math
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 import timm_bilinear
@@ -49,6 +53,23 @@ STAGE = Stage(1, 'sgd', 1e-3, 1e-2, 0.0)
         (dict(train_aug=dict(scale=(1.0, 0.5))), ValueError, "'scale'.*ascending"),
         (dict(train_aug=dict(scale=(0.5, 2.0))), ValueError, "'scale' must be above 0 and at most 1"),
         (dict(train_aug=dict(hflip=2)), ValueError, "'hflip'"),
+        (dict(train_aug=dict(hflip=None)), TypeError, "'hflip' must be a number, got None"),
+        (dict(train_aug=dict(vflip=None)), TypeError, "'vflip'"),
+        (dict(head_cache=float('nan')), ValueError, "'head_cache' must be at least 0"),
+        (dict(head_cache=float('-inf')), ValueError, "'head_cache'"),
+        (dict(train_aug=dict(vflip=float('inf'))), ValueError, "'vflip'"),
+        (dict(output=''), ValueError, "'output' must not be empty"),
+        (dict(data_dir=''), ValueError, "'data_dir' must not be empty"),
+        (dict(weights=''), ValueError, "'weights' must not be empty"),
+        (dict(model=''), ValueError, "'model' must not be empty"),
+        (dict(data_root=b''), ValueError, "'data_root' must not be empty"),
+        (dict(output=3), TypeError, "'output' must be a text"),
+        (dict(epochs=np.float64(1.5)), TypeError, "'epochs' must be a whole number"),
+        (dict(epochs=np.bool_(True)), TypeError, "'epochs'"),
+        (dict(lr=np.float32('nan')), ValueError, "'lr'"),
+        (dict(head_lr=np.ones(3)), ValueError, "'head_lr' must be 1 or 2 numbers"),
+        (dict(amp_dtype=torch.int8), ValueError, "'amp_dtype' must be one of auto.*'int8'"),
+        (dict(stages=()), ValueError, "'stages'"),
         (dict(train_aug=dict(cutout=1)), TypeError, "no 'cutout'"),
         (dict(learning_rate=1), TypeError, "no setting 'learning_rate'"),
         (dict(resume=True, overwrite=True), ValueError, "'resume'.*'overwrite'"),
@@ -78,6 +99,47 @@ def test_defaults_are_within_their_own_bounds():
 def test_none_is_float32_and_paths_are_texts():
     settings = Settings.of(dict(amp_dtype=None, data_dir=Path('a') / 'b', output=Path('c')))
     assert settings.amp_dtype is None and settings.data_dir == str(Path('a') / 'b') and settings.output == 'c'
+
+
+class Word(str, enum.Enum):
+    SGD = 'sgd'
+
+
+@pytest.mark.parametrize(
+    'name, value, plain',
+    [
+        ('epochs', np.int64(3), 3),
+        ('lr', np.float32(0.5), 0.5),
+        ('lr', np.array(0.5), 0.5),
+        ('lr', torch.tensor(0.5), 0.5),
+        ('head_lr', np.array([1.0, 0.5]), [1.0, 0.5]),
+        ('head_lr', (np.float64(1.0), 0.5), [1.0, 0.5]),
+        ('freeze', np.bool_(False), False),
+        ('model', np.str_('bcnn'), 'bcnn'),
+        ('opt', Word.SGD, 'sgd'),
+        ('amp_dtype', torch.bfloat16, 'bfloat16'),
+        ('amp_dtype', torch.float32, 'float32'),
+        ('device', torch.device('cpu'), 'cpu'),
+        ('device', torch.device('cuda', 1), 'cuda:1'),
+        ('class_map', Path('/a') / 'b', '/a/b'),
+        ('weights', '/a/ü'.encode(), '/a/ü'),
+        ('head_cache', math.inf, math.inf),
+        ('model_kwargs', {np.str_('a'): (np.int64(1), [Path('/b')]), 'c': dict(d=np.arange(2))}, None),
+        ('train_aug', dict(scale=np.array([0.5, 1.0]), hflip=np.float64(0.25), vflip=np.int8(0)), None),
+        ('stages', (Stage(np.int64(1), np.str_('sgd'), np.float32(0), np.float64(1), 0),), None),
+    ],
+)
+def test_values_that_say_the_same(name, value, plain):
+    """All of Python's own types, as YAML and checkpoints hold them, wherever they stand."""
+    told = Settings.of({name: value}).plain()[name]
+    if name == 'model_kwargs':
+        plain = dict(a=[1, ['/b']], c=dict(d=[0, 1]))
+    elif name == 'train_aug':
+        plain = dict(told, scale=[0.5, 1.0], hflip=0.25, vflip=0)
+    elif name == 'stages':
+        plain = [dict(epochs=1, opt='sgd', lr=0.0, head_lr=1.0, weight_decay=0)]
+    assert told == plain and type(told) is type(plain)
+    assert yaml.safe_load(yaml.safe_dump(told)) == plain
 
 
 def test_default_recipe():

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_cases import make_images
+from finetune_cases import MODEL, SMALL, make_images
+
+from timm_bilinear.tools import session
+from timm_bilinear.tools.distributed import Ranks
+from timm_bilinear.tools.finetune import Stage, finetune
+from timm_bilinear.tools.settings import Settings
 
 HERE = Path(__file__).parent
 STAGES = [
@@ -29,9 +34,9 @@ def data(tmp_path_factory):
 
 def _run(data, output, processes, **settings):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    script = [HERE / 'finetune_ranks.py', data, output, json.dumps(dict(dict(stages=STAGES, head_cache=0), **settings))]
+    script = [HERE / 'finetune_ranks.py', data, output, json.dumps(settings)]
     env = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=str(HERE))
-    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, script)]
+    command = [sys.executable, *torchrun, *map(str, script)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
@@ -43,17 +48,20 @@ def _rows(folder):
 @pytest.mark.parametrize(
     'settings',
     [
-        dict(),  # batch norm over the global batch
-        dict(model_kwargs=dict(backbone_a='test_convnext', proj_dim=16), class_weights=True),
-        dict(head_cache=1.0),
-        dict(batch_size=64),  # one step of 21 images
+        dict(head_cache=0),  # batch norm over the global batch
+        # descriptors; then one step of 21 images
+        dict(model_kwargs=dict(backbone_a='test_convnext'), class_weights=True, batch_size=64),
+        # what all processes do alike they drop out alike
+        dict(model_kwargs=dict(MODEL['model_kwargs'], drop_rate=0.5), stages=STAGES[:1]),
     ],
-    ids=['batch norm', 'class weights', 'descriptors', 'uneven'],
+    ids=['batch norm', 'class weights', 'dropout'],
 )
 def test_two_processes_are_one(data, tmp_path, settings):
-    for processes in (1, 2):
-        result = _run(data, tmp_path / str(processes), processes, **settings)
-        assert result.returncode == 0, result.stderr[-3000:]
+    settings = dict(dict(stages=STAGES), **settings)
+    result = _run(data, tmp_path / '2', 2, **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    stages = [Stage(**stage) for stage in settings['stages']]
+    finetune(data, tmp_path / '1', **dict(SMALL, **dict(settings, stages=stages)))
     one, two = (_rows(tmp_path / name) for name in '12')
     for a, b in zip(one, two, strict=True):
         for key in ('train_loss', 'eval_loss', 'lr'):
@@ -67,13 +75,31 @@ def test_two_processes_are_one(data, tmp_path, settings):
             difference = (states[1][key] - value).norm() / value.norm().clamp(min=1e-6)
             assert difference < 2e-2, (key, difference)
     lines = result.stdout.splitlines()
-    assert sum('epoch 2/2: loss' in line for line in lines) == 2  # of the first process alone
+    assert sum('epoch 2/2: loss' in line for line in lines) == len(stages)  # of the first process alone
 
 
 def test_errors_are_those_of_all(data, tmp_path):
-    result = _run(data, tmp_path / 'out', 2, batch_size=5)
-    assert result.returncode and "'batch_size' must be a multiple of the 2 processes" in result.stderr
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes' / 'notes.txt').write_text('mine')
-    result = _run(data, tmp_path / 'notes', 2)
+    result = _run(data, tmp_path / 'notes', 2, stages=STAGES)
     assert result.returncode and result.stderr.count('is not empty') == 2
+
+
+def test_batches_that_processes_cannot_share(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, 'broadcast', lambda value, ranks: value)
+    settings = Settings.of(dict(SMALL, data_dir=data, output=tmp_path / 'out', batch_size=5))
+    with pytest.raises(ValueError, match="'batch_size' must be a multiple of the 2 processes"):
+        session.Session(settings, Ranks(world_size=2)).run()
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_first_process_decides(data, tmp_path, monkeypatch):
+    """Last digits may differ from process to process, and so would the epoch that patience ends a stage after."""
+
+    def of_first(value, ranks):
+        return dict(value, eval_top1=50.0, eval_loss=1.0) if isinstance(value, dict) and 'eval_top1' in value else value
+
+    monkeypatch.setattr(session, 'broadcast', of_first)
+    stage = Stage(6, 'sgd', 1e-3, 1e-2, 0.0)
+    finetune(data, tmp_path / 'out', **dict(SMALL, stages=[stage], patience=2))
+    assert len(_rows(tmp_path / 'out')) == 3

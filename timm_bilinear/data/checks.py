@@ -9,12 +9,13 @@ from typing import Dict, List, Sequence
 import PIL.Image
 
 from .images import shown
-from .scan import ScannedSplit, count_copies, listed, unreadable
+from .scan import ScannedSplit, count_copies, find_flat_splits, is_of_classes, listed, unreadable
 
 __all__ = [
     'check_images',
     'class_indices',
     'leave_out',
+    'refuse_flat',
     'refuse_problems',
     'refuse_unknown',
     'take_out',
@@ -32,6 +33,14 @@ def refuse_problems(data_dir: Path, scans: Sequence[ScannedSplit]):
             f"Data folder '{shown(data_dir)}' is not made of split/class/image "
             f'(or of class/image alone): {listed(problems)}.'
         )
+
+
+def refuse_flat(data_dir: Path, keys: Sequence[str], folders: Dict[str, Path]):
+    """Raises an error on split folders with images but no class folders; beside others, they are classes themselves."""
+    for key, path in find_flat_splits(data_dir).items():
+        if key in keys and (folders or not is_of_classes(data_dir)):
+            place = shown(path)
+            raise ValueError(f"'{place}' has no class folders: images belong into folders '{place}/CLASS'.")
 
 
 def refuse_unknown(data_dir: Path, scans: Dict[str, ScannedSplit], known: Dict[str, int], owner: str):
@@ -55,20 +64,28 @@ def class_indices(names: Sequence[str]) -> Dict[str, int]:
     return indices
 
 
-def leave_out(scan: ScannedSplit, map_: Dict[str, int], data_dir: Path):
-    """As timm does, a class map leaves out the folders that it does not name."""
+def leave_out(scan: ScannedSplit, map_: Dict[str, int], data_dir: Path, owner: str, least: int = 1):
+    """As timm does, a class map leaves out the folders that it does not name.
+
+    Raises:
+        ValueError: If it leaves fewer than `least`.
+    """
+    found = [repr(name) for name in scan.classes]
     for name in [name for name in scan.classes if name not in map_]:
         folder = shown(os.path.relpath(scan.folder / name, data_dir))
         scan.skipped.append(f"'{folder}' is not in the class map ({len(scan.classes.pop(name))} images).")
+    if len(scan.classes) < least:
+        names = f'{next(iter(scan.classes))!r} alone' if scan.classes else 'none'
+        raise ValueError(f"{owner} names {names} of the class folders of '{shown(scan.folder)}': {listed(found)}.")
 
 
-def check_images(scans: Dict[str, ScannedSplit], skip_bad: bool) -> List[str]:
+def check_images(scans: Dict[str, ScannedSplit], skip_bad: bool, progress: bool = True) -> List[str]:
     """Raises one error on all images that cannot be read, or moves them to what is skipped.
 
     Returns:
         Warnings.
     """
-    bad, huge = unreadable([image for scan in scans.values() for image in scan.images()])
+    bad, huge = unreadable([image for scan in scans.values() for image in scan.images()], progress)
     warnings = []
     if huge:
         count = '1 image has' if len(huge) == 1 else f'{len(huge)} images have'

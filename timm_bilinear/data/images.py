@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import stat
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, FrozenSet, List, Optional, Sequence, Set, Tuple, Union
@@ -11,8 +12,19 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ..models.image_modes import IMG_MODES
+from .quiet import PILLOW, ignored
 
-__all__ = ['IMG_MODES', 'ImageError', 'find_images', 'image_extensions', 'is_hidden', 'name_key', 'open_image', 'shown']
+__all__ = [
+    'IMG_MODES',
+    'ImageError',
+    'find_images',
+    'image_extensions',
+    'is_hidden',
+    'is_huge',
+    'name_key',
+    'open_image',
+    'shown',
+]
 
 # Formats that Pillow opens and cannot decode by itself, or only by starting Ghostscript.
 _NO_IMAGES = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PDF', 'WMF')
@@ -73,25 +85,43 @@ def _reason(error: Exception) -> str:
     return ' '.join(text.split()).rstrip('.')
 
 
-def _eight_bits(image: Image.Image, largest: Optional[int]) -> Image.Image:
+def _eight_bits(values: np.ndarray, largest: Optional[int]) -> Image.Image:
     """Grey levels of 16 or 32 bits, or of floating point, in 8 bits.
 
     Args:
-        image: Of mode I, F or one of 16 bits.
-        largest: What stands for white. None for the first of 1 (F only), 255, 65535 and 2^32 - 1 that no value exceeds.
+        values: Levels (H, W).
+        largest: What stands for white. None for the first of 1 (floating point only), 255, 65535 and 2^32 - 1 that no
+            value exceeds.
     """
-    values = np.asarray(image)
     if values.dtype.kind == 'u' and largest is not None:  # exact, and with half the memory
         values = np.minimum(values, largest).astype(np.uint32)
         return Image.fromarray(((510 * values + largest) // (2 * largest)).astype(np.uint8))
+    limits = (1, 255, 65535, 2**32 - 1) if values.dtype.kind == 'f' else (255, 65535, 2**32 - 1)
     values = np.nan_to_num(values, posinf=np.inf, neginf=0.0)
     values = np.maximum(values, 0).astype(np.float64)
     if largest is None:
         finite = values[np.isfinite(values)]
         highest = finite.max() if finite.size else 0
-        limits = (1, 255, 65535, 2**32 - 1) if image.mode == 'F' else (255, 65535, 2**32 - 1)
         largest = next((limit for limit in limits if highest <= limit), highest)
     return Image.fromarray(np.floor(np.minimum(values / largest, 1.0) * 255 + 0.5).astype(np.uint8))
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """An image of one channel of mode I, F or one of 16 bits, in 8 bits."""
+    values, largest = np.asarray(image), None
+    tags = getattr(image, 'tag_v2', {})  # of TIFF
+    if image.mode.startswith('I;16') or (image.format in ('PNG', 'PPM') and image.mode != 'F'):
+        largest = 4095 if _first(tags.get(ExifTags.Base.BitsPerSample)) == 12 else 65535
+    elif image.mode == 'I' and tags and _first(tags.get(ExifTags.Base.SampleFormat, 1)) == 1:
+        values = values.view(np.uint32)  # without a sign, for which Pillow has no mode
+    grey = _eight_bits(values, largest)
+    # Pillow turns negatives over in 8 bits alone
+    is_negative = bool(tags) and tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    return grey.point(lambda level: 255 - level) if is_negative else grey
 
 
 def _with_key(image: Image.Image, values: np.ndarray, key: Any) -> Image.Image:
@@ -105,11 +135,7 @@ def _plain(image: Image.Image, rawmode: str) -> Image.Image:
     """The image as L, LA, RGB or RGBA, in 8 bits and with what is transparent as alpha."""
     mode, key = image.mode, image.info.get('transparency')
     if mode == 'F' or mode.startswith('I'):
-        if mode.startswith('I;16') or image.format in ('PNG', 'PPM'):
-            largest = 4095 if rawmode.startswith('I;12') else 65535
-        else:
-            largest = None
-        grey = _eight_bits(image, largest)
+        grey = _grey(image)
         return _with_key(grey, np.asarray(image), key) if isinstance(key, int) else grey
     if mode in ('1', 'L'):
         grey = image.convert('L')
@@ -171,8 +197,8 @@ def open_image(
     Args:
         source: File name, file opened for reading bytes, or image. An image is left as it was.
         mode: 'L', 'LA', 'RGB' or 'RGBA', see `IMG_MODES`.
-        min_size: Lets JPEG files be decoded at a half, quarter or eighth of their size, which is several times as
-            fast, as long as the shorter edge keeps so many pixels. None decodes them whole.
+        min_size: Lets JPEG files be decoded at a half, quarter or eighth of their size, which is faster, as long as
+            both edges are multiples of that and the shorter keeps so many pixels. None decodes them whole.
 
     Returns:
         A new image of this mode, without metadata.
@@ -180,6 +206,7 @@ def open_image(
     Raises:
         ImageError: If there is no such file, no image in it that can be read to its end, or one that is more than
             1000 times as long as it is wide.
+        TypeError: If the source is something else.
         ValueError: If the mode is another one.
     """
     if mode not in IMG_MODES.values():
@@ -191,26 +218,51 @@ def open_image(
     elif hasattr(source, 'read'):
         name = getattr(source, 'name', '') if isinstance(getattr(source, 'name', ''), (str, bytes)) else ''
         name = name or 'of a file object'
-    else:
+    elif isinstance(source, (str, os.PathLike)):
         name = source
+    else:
+        kinds = 'a file name, a file that is open for reading bytes or an image of Pillow'
+        raise TypeError(f'An image is {kinds}, not of type {type(source).__name__}.')
     try:
-        if isinstance(source, Image.Image):
-            return _convert(source, mode)
-        if hasattr(source, 'read'):
-            return _read(source, mode, min_size)
-        with open(source, 'rb') as file:
-            return _read(file, mode, min_size)
+        with ignored(module=PILLOW):
+            if isinstance(source, Image.Image):
+                return _convert(source, mode)
+            if hasattr(source, 'read'):
+                return _read(source, mode, min_size)
+            kind = os.stat(source).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # a pipe would be waited for
+                raise ValueError('it is no file')
+            with open(source, 'rb') as file:
+                return _read(file, mode, min_size)
     except FileNotFoundError as e:
         raise ImageError(f"Image '{shown(name)}' does not exist.") from e
     except Exception as e:  # Pillow's readers raise whatever a damaged file leads them to
         raise ImageError(f"Cannot read image '{shown(name)}': {_reason(e)}.") from e
 
 
+def _reduce(image: Image.Image, min_size: int):
+    """Lets JPEG's decoder reduce an image, where that leaves its proportions: its edges are multiples of the factor.
+
+    Of others the decoder adds a part of a row or column, which would shift everything that the model sees.
+    """
+    width, height = image.size
+    for factor in (8, 4, 2):
+        if width % factor == height % factor == 0 and min(width, height) // factor >= min_size:
+            image.draft(None, (width // factor, height // factor))
+            return
+
+
 def _read(file: BinaryIO, mode: str, min_size: Optional[int]) -> Image.Image:
     with Image.open(file, formats=_formats()) as image:
         if min_size is not None:
-            image.draft(None, (min_size, min_size))
+            _reduce(image, min_size)
         return _convert(image, mode)
+
+
+def is_huge(path: Path) -> bool:
+    """Whether an image that can be read has more pixels than Pillow warns of."""
+    with ignored(module=PILLOW), Image.open(path, formats=_formats()) as image:
+        return Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS
 
 
 def _identity(path: Path) -> Tuple[int, int]:

@@ -1,28 +1,31 @@
 """Batches for training and evaluation: the same ones whatever the number of workers and processes."""
 
+import logging
 import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
-from timm.data import create_transform
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .images import IMG_MODES, ImageError, shown
-from .samples import Failure, Samples, Stream, collate, init_worker, sample_seed, with_transform
+from .quiet import ignored
+from .samples import Failure, Samples, collate, init_worker, sample_seed, with_transform
+from .streams import Stream, regroup
+from .transforms import draft_size, make_transform, transform_settings
 
-__all__ = ['ImageLoader', 'create_loader', 'default_workers']
+__all__ = ['ImageLoader', 'create_loader', 'default_workers', 'draft_size']
+
+_logger = logging.getLogger(__name__)
 
 _CPU = torch.device('cpu')
-_CONFIG_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode', 'crop_border_pixels')
-# How many times the pixels that a transform asks for a draft of a JPEG file keeps: it is the transform's filter that
-# reduces the image in the end.
-_DRAFT_MARGIN = 2
+# torch's word on more workers than cores, which are the user's choice.
+_MANY_WORKERS = 'This DataLoader will create'
 
 
 def default_workers(device: torch.device = _CPU, world_size: int = 1) -> int:
@@ -33,24 +36,6 @@ def default_workers(device: torch.device = _CPU, world_size: int = 1) -> int:
         cores = os.cpu_count() or 1
     cores = max(cores // world_size, 1)
     return min(cores, 8) if device.type != 'cpu' else min(cores, 2) if cores < 8 else 4
-
-
-def _per_channel(values: Sequence[float], channels: int) -> Tuple[float, ...]:
-    """As timm's loader does, one average for all if a model takes other channels than the figures are for."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def _min_size(settings: Dict[str, Any], is_training: bool) -> Optional[int]:
-    """Shorter edge, in pixels, that a JPEG file must keep when it is decoded."""
-    if settings.get('crop_border_pixels') or settings.get('tf_preprocessing'):
-        return None  # a border in pixels of the whole image
-    needed = max(settings['input_size'][-2:])
-    if not is_training:
-        needed /= settings.get('crop_pct') or 0.875
-    elif not settings.get('no_aug'):
-        of_crop = settings.get('train_crop_mode') in (None, 'rrc')
-        needed /= math.sqrt((settings.get('scale') or ((0.08,) if of_crop else (0.8,)))[0])
-    return math.ceil(_DRAFT_MARGIN * needed)
 
 
 class _Order:
@@ -104,7 +89,8 @@ class _Batches:
         in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD')
         handler = signal.getsignal(signal.SIGCHLD) if in_main else None
         self.loader.dataset.current.fill_(-1)
-        batches = iter(self.loader)
+        with ignored(_MANY_WORKERS):
+            batches = iter(self.loader)
         if handler is not None:
             signal.signal(signal.SIGCHLD, handler)
         while True:
@@ -113,18 +99,19 @@ class _Batches:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as e:
-                message = self._obituary(str(e))
+                message = None if 'in DataLoader worker process' in str(e) else self._obituary(str(e))
                 if message is None:
                     raise
                 raise RuntimeError(message) from e
             if isinstance(batch, Failure):
+                del batches  # ends the workers now, which the traceback would keep waiting
                 raise ImageError(batch.message)
             yield batch
 
     def _obituary(self, error: str) -> Optional[str]:
         """A sentence on a worker that is gone, with the file it was at as far as that is known."""
         samples = self.loader.dataset
-        of_worker, dead = 'DataLoader worker' in error, []
+        of_worker, dead = 'DataLoader worker (pid' in error, []
         for _ in range(20):  # its connections break a moment before the process is gone
             alive = {process.pid for process in multiprocessing.active_children()}
             dead = [index for pid, index in samples.current.tolist() if pid >= 0 and pid not in alive]
@@ -136,6 +123,38 @@ class _Batches:
         files = [shown(name) for name in map(samples.name, dead) if name]
         where = f" at '{', '.join(files)}'" if files else ''
         return f'A loader process died{where}; if it was out of memory, fewer workers or a smaller batch need less.'
+
+
+class _StreamBatches(_Batches):
+    """Batches of a stream: as many as the data set's number of images makes, however the workers share them.
+
+    Args:
+        loader: Loader of a `Stream`.
+        size: Images of a batch.
+        is_training: Whole batches alone, of further passes through a stream that ends too early. Otherwise every
+            image once.
+        world_size: Number of processes, which all take the same number of steps.
+    """
+
+    def __init__(self, loader: DataLoader, size: int, is_training: bool, world_size: int):
+        super().__init__(loader)
+        count = len(loader.dataset)
+        self.size = min(size, count)
+        self.is_training = is_training
+        self.steps = count // self.size if is_training else math.ceil(count / self.size)
+        self.most = self.steps if is_training or world_size > 1 else None
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        given = 0
+        for batch in regroup(super().__iter__, self.size, self.most, self.is_training):
+            given += len(batch[1])
+            yield batch
+        count = len(self.loader.dataset)
+        if self.most is None and given != count:
+            _logger.warning(f'The data set says that it has {count} images, and gave {given}.')
 
 
 class ImageLoader:
@@ -225,8 +244,8 @@ def create_loader(
 
     Order and augmentation of a training epoch depend on `seed`, the epoch and each image's index alone: not on the
     workers, not on the processes, not on what ran before. The caller's random states are left as they are. Streams
-    ('wds/...', 'tfds/...', 'hfids/...') have no indices: their order is their own, their augmentation depends on the
-    place in the stream and so on the number of workers and processes, and each worker drops its own last batch.
+    ('wds/...', 'tfds/...', 'hfids/...') have no indices: their order is their own, and their augmentation depends on
+    the place in the stream and so on the number of workers and processes.
 
     Args:
         dataset: Of `create_datasets` or `create_split`, or any with a `transform` that gives images. It is not changed.
@@ -247,37 +266,22 @@ def create_loader(
         A loader with `set_epoch(epoch)`, whose length is its number of steps.
 
     Raises:
-        ValueError: If an argument does not fit the others.
+        ValueError: If an argument does not fit the others, or timm's transform fails; the message names its setting.
         TypeError: If `train_aug` or the data config has a key that nothing takes.
     """
-    unknown = sorted(set(data_config) - set(_CONFIG_KEYS))
-    if unknown:
-        raise TypeError(f'Nothing takes {", ".join(map(repr, unknown))} of the data config.')
-    channels = data_config['input_size'][0]
-    if channels not in IMG_MODES:
-        raise ValueError(f'Images have 1 to {max(IMG_MODES)} channels, the model wants {channels}.')
     if batch_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f'No loader of batch size {batch_size} for process {rank} of {world_size}.')
     if is_training and batch_size % world_size:
         raise ValueError(f'A batch size of {batch_size} cannot be shared by {world_size} processes.')
-    settings = dict(data_config)
-    for key in ('mean', 'std'):
-        settings[key] = _per_channel(data_config[key], channels)
-    if is_training:
-        if train_size:
-            settings['input_size'] = (channels, train_size, train_size)
-        settings.update(train_aug or {})
+    settings = transform_settings(data_config, is_training, train_size, train_aug)
     # erasing comes after normalisation, which then is the workers' too
     in_worker = is_training and bool(settings.get('re_prob'))
-    try:
-        transform = create_transform(**settings, is_training=is_training, normalize=in_worker)
-    except TypeError as e:
-        raise TypeError(f'The augmentation has an argument that timm does not take: {e}') from e
+    transform = make_transform(settings, is_training, normalize=in_worker)
 
     if workers is None:
         workers = default_workers(device, world_size)
-    mode = IMG_MODES[channels]
-    dataset = with_transform(dataset, transform, mode, _min_size(settings, is_training))
+    mode = IMG_MODES[data_config['input_size'][0]]
+    dataset = with_transform(dataset, transform, mode, draft_size(settings, is_training))
     common = dict(
         collate_fn=collate,
         pin_memory=device.type == 'cuda',
@@ -285,11 +289,11 @@ def create_loader(
         generator=torch.Generator().manual_seed(sample_seed(seed, 0)),  # or the loader would draw from the caller's
     )
     if isinstance(dataset, IterableDataset):
-        if hasattr(dataset, 'set_loader_cfg'):
-            dataset.set_loader_cfg(num_workers=workers)
         order = Stream(dataset, seed if is_training else None, rank, workers)
         share = max(batch_size // world_size, 1)
-        loader = DataLoader(order, share, num_workers=workers, drop_last=is_training, **common)
+        with ignored(_MANY_WORKERS):
+            loader = DataLoader(order, share, num_workers=workers, **common)
+        batches = _StreamBatches(loader, share, is_training, world_size)
     else:
         if is_training and len(dataset) < world_size:
             raise ValueError(f'{len(dataset)} training images are too few for {world_size} process(es).')
@@ -298,5 +302,7 @@ def create_loader(
         # what a worker needs to know of the epoch comes with each index, so those that are slow to start may stay
         stay = workers > 0 and multiprocessing.get_context().get_start_method() != 'fork'
         samples = Samples(dataset, workers)
-        loader = DataLoader(samples, batch_sampler=order, num_workers=workers, persistent_workers=stay, **common)
-    return ImageLoader(_Batches(loader), order, seed, in_worker, settings['mean'], settings['std'], device)
+        with ignored(_MANY_WORKERS):
+            loader = DataLoader(samples, batch_sampler=order, num_workers=workers, persistent_workers=stay, **common)
+        batches = _Batches(loader)
+    return ImageLoader(batches, order, seed, in_worker, settings['mean'], settings['std'], device)

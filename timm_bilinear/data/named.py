@@ -2,28 +2,37 @@
 
 import copy
 import os
-import unicodedata
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 from timm.data import create_dataset
-from timm.data.readers.class_map import load_class_map as load_timm_class_map
 from torch.utils.data import Dataset, IterableDataset
 
-from .images import name_key, open_image, shown
+from .class_maps import ClassMap, class_map_names, load_class_map
+from .images import open_image
+from .samples import reason
+from .scan import Found, ScannedSplit
 
 __all__ = [
     'FileSamples',
     'NamedDataset',
     'NamedStream',
-    'class_map_names',
+    'is_image_folder',
     'is_named',
-    'load_class_map',
     'open_named',
 ]
 
-_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+# Prefixes, and the packages that they need.
+_PREFIXES = {
+    'torch': 'torchvision',
+    'hfds': 'datasets',
+    'hfids': 'datasets',
+    'tfds': 'tensorflow_datasets',
+    'wds': 'webdataset',
+}
 
 
 def is_named(data_dir: Union[str, Path]) -> bool:
@@ -32,37 +41,10 @@ def is_named(data_dir: Union[str, Path]) -> bool:
     return bool(separator) and prefix.lower() in _PREFIXES and not os.path.exists(data_dir)
 
 
-def load_class_map(class_map: Union[str, Path, Dict[str, int]], root: Union[str, Path] = '') -> Dict[str, int]:
-    """Indices by class folder, as timm reads them: a dictionary, a .pkl of one, or a .txt with a folder per line.
-
-    Raises:
-        FileNotFoundError: If there is no such file, here or in `root`.
-        ValueError: If it is in another format, or its indices are not 0 to n - 1.
-    """
-    if not isinstance(class_map, dict):
-        if not os.path.exists(class_map) and not os.path.exists(os.path.join(root, class_map)):
-            raise FileNotFoundError(f"Class map '{shown(class_map)}' does not exist.")
-        if Path(class_map).suffix.lower() not in ('.txt', '.pkl'):
-            raise ValueError(f"Class map '{shown(class_map)}' is neither a .txt nor a .pkl file.")
-    try:
-        indices = dict(load_timm_class_map(class_map if isinstance(class_map, dict) else str(class_map), str(root)))
-    except Exception as e:  # pickles fail in many ways
-        raise ValueError(f"Cannot read class map '{shown(class_map)}': {' '.join(str(e).split())}.") from e
-    if indices.get('') == len(indices) - 1:  # the empty line at the end of a text
-        del indices['']
-    name = 'Class map' if isinstance(class_map, dict) else f"Class map '{shown(class_map)}'"
-    values = list(indices.values())
-    if not indices or any(type(v) is not int for v in values) or set(values) != set(range(max(values) + 1)):
-        raise ValueError(f'{name} must give its classes the indices 0 to n - 1.')
-    return {unicodedata.normalize('NFC', key) if isinstance(key, str) else key: v for key, v in indices.items()}
-
-
-def class_map_names(indices: Dict[str, int]) -> List[str]:
-    """Names of the classes of a class map; one of several folders has all their names."""
-    names: List[List[str]] = [[] for _ in range(max(indices.values()) + 1)]
-    for name, index in indices.items():
-        names[index].append(str(name))
-    return [', '.join(sorted(group, key=name_key)) for group in names]
+def is_image_folder(name: Union[str, Path]) -> bool:
+    """Whether a named data set is a folder of split/class/image, which timm has torchvision read."""
+    prefix, _, rest = str(name).lower().partition('/')
+    return prefix == 'torch' and rest.rpartition('/')[2] in ('folder', 'image_folder')
 
 
 @dataclass
@@ -72,6 +54,14 @@ class FileSamples:
     paths: List[Path]
     targets: List[int]
     class_names: List[str]
+
+    def scan(self, root: Path) -> ScannedSplit:
+        """The files by the folder that they lie in."""
+        split = ScannedSplit(root)
+        for path in self.paths:
+            size = os.stat(path).st_size if path.exists() else 0
+            split.classes.setdefault(path.parent.name, []).append(Found(path, size))
+        return split
 
 
 class _Named:
@@ -146,9 +136,13 @@ class NamedStream(_Named, IterableDataset):
         other.__dict__.update({**self.__dict__, 'dataset': dataset})
         return other
 
-    def sources(self) -> Iterator[Tuple[Any, int]]:
-        """Images as they come, not transformed, and targets."""
-        return iter(self.dataset)
+    def sources(self, seed: int = 0) -> Iterator[Tuple[Any, int]]:
+        """Images as they come, not transformed, and targets; of a copy, for a second pass to begin anew."""
+        dataset = copy.copy(self).dataset
+        reader = getattr(dataset, 'reader', None)
+        if hasattr(reader, 'worker_seed'):  # workers have their own, a pass without them would be as the one before
+            reader.worker_seed = seed
+        return iter(dataset)
 
     def __iter__(self) -> Iterator[Tuple[Any, int]]:
         for image, target in self.sources():
@@ -176,7 +170,7 @@ def open_named(
     name: str,
     split: str,
     root: Union[str, Path, None] = None,
-    class_map: Union[str, Path, Dict[str, int], None] = None,
+    class_map: Optional[ClassMap] = None,
     is_training: bool = False,
     seed: int = 0,
     download: bool = False,
@@ -198,27 +192,28 @@ def open_named(
     prefix = name.partition('/')[0].lower()
     if root is None and prefix in ('torch', 'wds'):
         raise ValueError(f"'{name}' needs the folder that its data lie in: root (--data-root).")
-    names = class_map_names(load_class_map(class_map)) if class_map else []
-    only_names = prefix == 'wds' and bool(class_map) and str(class_map).lower().endswith('.txt')
-    try:
-        dataset = create_dataset(
-            name,
-            root=None if root is None else str(root),
-            split=split,
-            # torchvision's classes take no class map
-            class_map=None if only_names or prefix == 'torch' else class_map or None,
-            is_training=is_training,
-            download=download,
-            seed=seed,
-            input_img_mode='RGB' if prefix == 'tfds' else '',  # '': not converted, open_image does that better
-        )
-    except ImportError as e:
-        raise ValueError(f"'{name}' needs a package that is not installed: {e.name or e}.") from e
-    except Exception as e:  # whatever the library behind it raises
-        reason = ' '.join(str(e).split()).rstrip('.') or type(e).__name__
-        raise ValueError(f"Cannot open split '{split}' of '{name}': {reason}.") from e
-    if prefix == 'torch' and class_map:
+    if prefix == 'torch' and class_map is not None:
         raise ValueError(f"'{name}' takes no class map: its classes are torchvision's.")
+    indices = None if class_map is None else load_class_map(class_map)
+    names = [] if indices is None else class_map_names(indices)
+    only_names = prefix == 'wds' and str(class_map).lower().endswith('.txt')
+    try:
+        with redirect_stdout(StringIO()):  # of timm's and torchvision's, which may be a command's result
+            dataset = create_dataset(
+                name,
+                root=None if root is None else str(root),
+                split=split,
+                class_map=None if only_names else indices,
+                is_training=is_training,
+                download=download,
+                seed=seed,
+                input_img_mode='RGB' if prefix == 'tfds' else '',  # '': not converted, open_image does that better
+            )
+    except Exception as e:  # whatever the library behind it raises
+        if isinstance(e, ImportError) or 'Please install' in str(e):
+            package = getattr(e, 'name', None) or _PREFIXES[prefix]
+            raise ValueError(f"'{name}' needs a package that is not installed: {package}.") from e
+        raise ValueError(f"Cannot open split '{split}' of '{name}': {reason(e)}.") from e
     names = names or _names_of(dataset)
     if isinstance(dataset, IterableDataset):
         return NamedStream(dataset, names)

@@ -11,11 +11,23 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
-from .images import ImageError, open_image
+from .images import ImageError, open_image, shown
+from .quiet import PILLOW, ignored
 
-__all__ = ['Failure', 'Samples', 'Stream', 'collate', 'init_worker', 'sample_seed', 'with_transform']
+__all__ = [
+    'Failure',
+    'Samples',
+    'checked',
+    'collate',
+    'init_worker',
+    'reason',
+    'sample_seed',
+    'seeded',
+    'whereabouts',
+    'with_transform',
+]
 
 
 @dataclass
@@ -23,6 +35,12 @@ class Failure:
     """A sample that could not be made; the message goes to the main process, which raises it as it is."""
 
     message: str
+
+
+def reason(error: Exception) -> str:
+    """An exception on one line, without the full stop."""
+    text = ' '.join(str(error).split()).rstrip('.')
+    return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
 def sample_seed(*of: int) -> int:
@@ -78,6 +96,13 @@ def with_transform(dataset: Dataset, transform: Callable, mode: str, min_size: O
     return dataset
 
 
+def checked(image: Any, target: Any) -> Tuple[torch.Tensor, int]:
+    """A sample of which a batch can be made."""
+    if not isinstance(image, torch.Tensor) or image.ndim != 3:
+        raise TypeError(f'the transform gives no image tensor (C, H, W) but {type(image).__name__}')
+    return image, int(target)
+
+
 def collate(
     samples: List[Union[Tuple[torch.Tensor, int], Failure]],
 ) -> Union[Tuple[torch.Tensor, torch.Tensor], Failure]:
@@ -86,10 +111,13 @@ def collate(
     if failure is not None:
         return failure
     images = [image for image, _ in samples]
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        return Failure(f'Images of one batch have different shapes: {", ".join(map(str, shapes))}.')
     batch = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype, memory_format=torch.channels_last)
     for row, image in zip(batch, images):
         row.copy_(image)
-    return batch, torch.tensor([int(target) for _, target in samples], dtype=torch.int64)
+    return batch, torch.tensor([target for _, target in samples], dtype=torch.int64)
 
 
 def init_worker(_: int) -> None:
@@ -99,7 +127,7 @@ def init_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the main process may have a handler of its own
 
 
-def _whereabouts(workers: int) -> torch.Tensor:
+def whereabouts(workers: int) -> torch.Tensor:
     """What each worker is at, as (process id, index), for when one dies."""
     return torch.full((max(workers, 1), 2), -1, dtype=torch.int64).share_memory_()
 
@@ -114,7 +142,7 @@ class Samples(Dataset):
 
     def __init__(self, dataset: Dataset, workers: int):
         self.dataset = dataset
-        self.current = _whereabouts(workers)
+        self.current = whereabouts(workers)
 
     def __getitem__(self, key: Tuple[Optional[int], int]) -> Union[Tuple[torch.Tensor, int], Failure]:
         seed, index = key
@@ -122,58 +150,16 @@ class Samples(Dataset):
         if info is not None:
             self.current[info.id] = torch.tensor([os.getpid(), index])
         try:
-            with seeded(seed):
-                return self.dataset[index][:2]
+            with seeded(seed), ignored(module=PILLOW):
+                return checked(*self.dataset[index][:2])
         except ImageError as e:
             return Failure(str(e))
+        except Exception as e:  # of a transform or a data set of the user's, in a worker as without one
+            return Failure(f"Cannot load '{shown(self.name(index))}': {reason(e)}.")
 
     def name(self, index: int) -> str:
         """File name of an image where there is one, else its index."""
-        filename = getattr(self.dataset, 'filename', None)
-        return f'image {index}' if filename is None else str(filename(index))
-
-
-class Stream(IterableDataset):
-    """Samples of a data set without indices, in the order in which it gives them.
-
-    Args:
-        dataset: Data set with a transform that gives tensors.
-        seed: Seed of the augmentation of each sample, together with epoch, rank, worker and place in the stream. None
-            for none.
-        rank: Process among several.
-        workers: Number of processes that read it.
-    """
-
-    def __init__(self, dataset: IterableDataset, seed: Optional[int], rank: int, workers: int):
-        self.dataset = dataset
-        self.seed = seed
-        self.rank = rank
-        self.epoch = 0
-        self.current = _whereabouts(workers)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Union[Tuple[torch.Tensor, int], Failure]]:
-        info = get_worker_info()
-        place = self.epoch, self.rank, 0 if info is None else info.id
-        if info is not None:
-            self.current[info.id] = torch.tensor([os.getpid(), 0])
-        dataset, transform = self.dataset, self.dataset.transform
-        ours = hasattr(dataset, 'sources')
-        if not ours:
-            dataset = copy.copy(dataset)
-            dataset.transform = None
-        for number, (source, target) in enumerate(dataset.sources() if ours else dataset):
-            try:
-                with seeded(None if self.seed is None else sample_seed(self.seed, *place, number)):
-                    if ours:
-                        source = open_image(source, dataset.input_img_mode, dataset.min_size)
-                    sample = transform(source), target
-            except ImageError as e:
-                sample = Failure(str(e))
-            yield sample
-
-    def name(self, index: int) -> str:
-        """Nothing: the images of a stream have no names."""
-        return ''
+        try:
+            return str(self.dataset.filename(index))
+        except Exception:  # not every data set has names
+            return f'image {index}'

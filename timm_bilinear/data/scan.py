@@ -3,24 +3,27 @@
 import hashlib
 import os
 import unicodedata
-import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Sequence, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from PIL import Image
 from tqdm import tqdm
 
-from .images import ImageError, image_extensions, is_hidden, name_key, open_image, shown
+from .._compat import search_split
+from .images import ImageError, image_extensions, is_hidden, is_huge, name_key, open_image, shown
 
 __all__ = [
     'SPLITS',
     'Found',
     'ScannedSplit',
     'count_copies',
+    'find_flat_splits',
+    'find_named_split',
+    'find_split',
     'find_splits',
+    'is_of_classes',
     'listed',
     'scan_beside',
     'scan_split',
@@ -89,6 +92,13 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in image_extensions()
 
 
+def _count_images(folder: Path) -> int:
+    try:
+        return sum(map(_is_image, folder.iterdir()))
+    except OSError:  # a file, or not for reading
+        return 0
+
+
 def _scan_class(folder: Path, label: Callable[[Path], str], split: ScannedSplit) -> List[Found]:
     images, deep = [], False
     for path in _entries(folder):
@@ -124,6 +134,9 @@ def scan_split(folder: Path, base: Path, ignore: Iterable[Path] = ()) -> Scanned
         return f"'{shown(os.path.relpath(path, base))}'"
 
     split = ScannedSplit(folder)
+    for path in map(folder.joinpath, sorted(filter(is_hidden, os.listdir(folder)))):
+        if count := _count_images(path):
+            split.skipped.append(f'{label(path)} is hidden ({count} images).')
     above = {_identity(path) for path in (folder, base, *folder.resolve().parents)}
     seen: Dict[Tuple[int, int], Path] = {}
     ignore = set(ignore)
@@ -159,10 +172,13 @@ def scan_split(folder: Path, base: Path, ignore: Iterable[Path] = ()) -> Scanned
 def scan_beside(data_dir: Path, folders: Iterable[Path]) -> ScannedSplit:
     """What lies beside the split folders: images there belong to no split, anything else is left alone."""
     beside, folders = ScannedSplit(data_dir), set(folders)
+    flat = find_flat_splits(data_dir).values()
     for path in _entries(data_dir):
         if path in folders:
             continue
-        if os.path.isdir(path) or not _is_image(path):
+        if path in flat:
+            beside.skipped.append(f"'{shown(path.name)}' has no class folders.")
+        elif os.path.isdir(path) or not _is_image(path):
             beside.skipped.append(f"'{shown(path.name)}' belongs to no split.")
         else:
             beside.problems.append(f"'{shown(path.name)}' (an image outside of a split)")
@@ -175,6 +191,16 @@ def _holds_classes(folder: Path) -> bool:
     return any(os.path.isdir(path) for path in entries) or not any(_is_image(path) for path in entries)
 
 
+def _split_key(name: str) -> Optional[str]:
+    """'train', 'val' or 'test' of timm's names for it, in any case; None for another name."""
+    return next((key for key, names in SPLITS.items() if name.lower() in names), None)
+
+
+def _split_folders(data_dir: Path) -> List[Tuple[str, Path]]:
+    keys = [(_split_key(path.name), path) for path in _entries(data_dir) if os.path.isdir(path)]
+    return [(key, path) for key, path in keys if key is not None]
+
+
 def find_splits(data_dir: Path) -> Dict[str, Path]:
     """Folders of the splits by 'train', 'val' and 'test', under timm's names for them and in any case.
 
@@ -182,9 +208,8 @@ def find_splits(data_dir: Path) -> Dict[str, Path]:
         ValueError: If a split has two folders.
     """
     splits: Dict[str, Path] = {}
-    for path in _entries(data_dir):
-        key = next((key for key, names in SPLITS.items() if path.name.lower() in names), None)
-        if key is None or not os.path.isdir(path) or not _holds_classes(path):
+    for key, path in _split_folders(data_dir):
+        if not _holds_classes(path):
             continue
         if key in splits:
             raise ValueError(
@@ -194,33 +219,69 @@ def find_splits(data_dir: Path) -> Dict[str, Path]:
     return splits
 
 
-def unreadable(images: Sequence[Found]) -> Tuple[Dict[Path, str], List[Path]]:
+def find_flat_splits(data_dir: Path) -> Dict[str, Path]:
+    """Folders that are called like a split and hold images themselves: classes, or splits without class folders."""
+    return {key: path for key, path in _split_folders(data_dir) if not _holds_classes(path)}
+
+
+def is_of_classes(data_dir: Path) -> bool:
+    """Whether a folder has class folders: folders that are not called like a split."""
+    return any(os.path.isdir(path) and _split_key(path.name) is None for path in _entries(data_dir))
+
+
+def find_split(data_dir: Path, split: str, folders: Dict[str, Path]) -> Optional[Path]:
+    """Folder of a split, under any of its names; None for a folder of class folders, which is one whole."""
+    if split.strip() in ('', '.', '..') or any(separator in split for separator in '/\\\0'):
+        raise ValueError(f"split must be the name of a folder in '{shown(data_dir)}', got {split!r}.")
+    key, own = _split_key(split), data_dir / split
+    if key in folders:
+        return folders[key]
+    if own.is_dir() and _holds_classes(own):
+        return own
+    flat = find_flat_splits(data_dir).get(key)
+    if flat is not None and (folders or not is_of_classes(data_dir)):
+        raise ValueError(f"'{shown(flat)}' has no class folders: images belong into folders '{shown(flat)}/CLASS'.")
+    if folders or key is None:
+        there = f', but {listed([repr(path.name) for path in folders.values()])}' if folders else ''
+        raise FileNotFoundError(
+            f"Data folder '{shown(data_dir)}' has no '{shown(split)}' folder of class folders{there}."
+        )
+    return None
+
+
+def find_named_split(root: Path, split: str) -> Path:
+    """Folder of a split, as timm finds it."""
+    folder = Path(search_split(str(root), split))
+    if folder == root or not folder.is_dir():
+        raise FileNotFoundError(f"Data folder '{shown(root)}' has no '{shown(split)}' folder.")
+    return folder
+
+
+def unreadable(images: Sequence[Found], progress: bool = True) -> Tuple[Dict[Path, str], List[Path]]:
     """Decodes every image to its end.
+
+    Args:
+        images: What to decode.
+        progress: Show a bar, on a terminal.
 
     Returns:
         Messages on the images that cannot be read, by path, and the images that Pillow warns of for their size.
     """
-    huge = []
 
-    def problem(image: Found, size_is_error: bool = True) -> str:
+    def problem(image: Found) -> Tuple[str, bool]:
         try:
             open_image(image.path, min_size=1)  # JPEG at an eighth of its size, which reads it all the same
         except ImageError as e:
-            if size_is_error and isinstance(e.__cause__, Image.DecompressionBombWarning):
-                huge.append(image)
-                return ''
-            return str(e)
-        return ''
+            return str(e), False
+        return '', is_huge(image.path)
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool, warnings.catch_warnings():
-        # as an error of the one image; filters belong to all threads, so they are set around these
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         results = pool.map(problem, images)
-        bar = tqdm(results, total=len(images), desc='Checking images', unit='img', leave=False, disable=None)
-        bad = {image.path: message for image, message in zip(images, bar) if message}
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-        bad.update({image.path: message for image in huge if (message := problem(image, False))})
-    return bad, sorted(image.path for image in huge if image.path not in bad)
+        disable = None if progress else True  # None: if it is no terminal
+        bar = tqdm(results, total=len(images), desc='Checking images', unit='img', leave=False, disable=disable)
+        found = {image.path: result for image, result in zip(images, bar)}
+    bad = {path: message for path, (message, _) in found.items() if message}
+    return bad, sorted(path for path, (_, huge) in found.items() if huge)
 
 
 def _digest(path: Path) -> bytes:

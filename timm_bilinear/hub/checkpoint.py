@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
@@ -15,8 +14,8 @@ from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict, resolve_model_input_args
 from torch import nn
 
-from .folder import load_folder, read_config
-from .labels import class_names, ordered_names, stored_label_names
+from .folder import find_model, load_folder, read_config
+from .labels import class_names, given_names, ordered_names, stored_label_names
 
 __all__ = ['Trained', 'load_trained']
 
@@ -45,7 +44,9 @@ class Trained:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+    name = type(error).__name__
+    text = f'{name} {error}' if isinstance(error, LookupError) else str(error).strip()  # of which the key says nothing
+    return (text or name).splitlines()[0].rstrip('.')
 
 
 def _read_args(folder: Path) -> Dict[str, Any]:
@@ -98,7 +99,7 @@ def _read_test_figures(folder: Path, epoch: Any) -> Dict[str, float]:
     return {'test_top1': results['test_top1']} if is_same and 'test_top1' in results else {}
 
 
-def _load_folder(folder: Path, label_names: Optional[List[str]]) -> Trained:
+def _load_folder(folder: Path, label_names: Any) -> Trained:
     model = load_folder(folder)
     results = _read_results(folder)
     metrics = _read_figures(folder, results.get('epoch'))
@@ -118,7 +119,7 @@ def _load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], path: P
         raise ValueError(f"'{path}' does not fit the model that its arguments make: {problem}") from e
 
 
-def _load_finetuned(path: Path, checkpoint: Dict[str, Any], label_names: Optional[List[str]]) -> Trained:
+def _load_finetuned(path: Path, checkpoint: Dict[str, Any], label_names: Any) -> Trained:
     """Model of a checkpoint of finetune, which has all in it: the model it started from may be gone."""
     model_args, num_classes = dict(checkpoint['model_args']), checkpoint['num_classes']
     counts = {'num_classes': num_classes, 'class_names': len(checkpoint['class_names'] or ()) or num_classes}
@@ -156,7 +157,7 @@ def _stored_names(run: Path, num_classes: int) -> Optional[List[str]]:
     return ordered_names(names, num_classes) if names else None
 
 
-def _load_scripts(path: Path, checkpoint: Dict[str, Any], label_names: Optional[List[str]]) -> Trained:
+def _load_scripts(path: Path, checkpoint: Dict[str, Any], label_names: Any, remedy: str) -> Trained:
     """Model of a checkpoint by timm's saver: of the train script, or of finetune as it was."""
     # the train script's folder has both, finetune's has the checkpoints one below
     folders = [path.parent, *([path.parent.parent] if path.parent.name == _CHECKPOINTS else [])]
@@ -165,7 +166,7 @@ def _load_scripts(path: Path, checkpoint: Dict[str, Any], label_names: Optional[
     if not args and isinstance(checkpoint.get('args'), argparse.Namespace):
         args = vars(checkpoint['args'])
     if 'state_dict' not in checkpoint or 'model' not in args:
-        raise ValueError(f"'{path}' is not a checkpoint of timm's train script: it has no state_dict, or no arguments.")
+        raise ValueError(f"'{path}' has no state_dict, or no arguments of timm's train script: {remedy}.")
 
     is_ema = bool(checkpoint.get('state_dict_ema'))
     state_dict = clean_state_dict(checkpoint['state_dict_ema'] if is_ema else checkpoint['state_dict'])
@@ -198,51 +199,55 @@ def _load_scripts(path: Path, checkpoint: Dict[str, Any], label_names: Optional[
     return Trained(model, names, resolve_input_data_config(model, args), metrics, args)
 
 
-def _load_file(path: Path, label_names: Optional[List[str]]) -> Trained:
+def _load_file(path: Path, label_names: Any) -> Trained:
+    remedy = (
+        "give a folder with a config.json (save_model writes one), a checkpoint of finetune, or one of timm's train"
+        ' script with its args.yaml beside it'
+    )
+    is_alone = path.suffix == '.safetensors'
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
+            checkpoint = {} if is_alone else torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # a damaged file leads to errors of every kind
         # torch's own sentence on a file that holds no tensors is advice to read it without care
-        reason = f'{type(e).__name__} of torch.load' if 'weights_only' in str(e) else str(e).splitlines()[0]
+        reason = f'{type(e).__name__} of torch.load' if 'weights_only' in str(e) else _first_line(e)
         raise ValueError(f"'{path}' is not a checkpoint that can be read ({reason}).") from e
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"'{path}' is not a checkpoint of timm's train script: it has no state_dict, or no arguments.")
+        raise ValueError(f"'{path}' is not a checkpoint of a model: {remedy}.")
+    if is_alone or (checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())):
+        raise ValueError(f"'{path}' holds weights, and nothing of the model that they are for: {remedy}.")
     if _OF_FINETUNE <= checkpoint.keys():
         return _load_finetuned(path, checkpoint, label_names)
-    return _load_scripts(path, checkpoint, label_names)
+    return _load_scripts(path, checkpoint, label_names, remedy)
 
 
-def load_trained(path: Union[str, Path], label_names: Optional[Sequence[str]] = None) -> Trained:
+def load_trained(
+    path: Union[str, Path], label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None
+) -> Trained:
     """Load a model from what training has written.
 
     Args:
-        path: Folder of `finetune` (or any in the Hub's layout), or a checkpoint file: one in its checkpoints/, or of
-            timm's train script, whose EMA weights are taken if it has them, and whose args.yaml and summary.csv lie
-            beside it.
-        label_names: Class names in the order of the logits; None for those of the folder, or of the data trained on.
+        path: Folder of `finetune` (or any in the Hub's layout), also as 'local-dir:FOLDER', or a checkpoint file: one
+            in its checkpoints/, or of timm's train script, whose EMA weights are taken if it has them, and whose
+            args.yaml and summary.csv lie beside it. Of a folder of a run without a config.json, the best checkpoint.
+        label_names: Class names in the order of the logits, {index: name}, or a file of them; None for those of the
+            folder, or of the data trained on.
 
     Returns:
         Model and what is known about it.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is no such folder or file, one of a run that has not ended, or one that contradicts itself.
+        FileNotFoundError: If it is not there, or there is no model in it.
+        TypeError: If `label_names` are no names.
+        ValueError: If it is no such folder or file, one that contradicts itself, or `label_names` are not as many as
+            classes.
     """
-    path = Path(path)
-    names = list(label_names) if label_names else None
-    if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint '{path}'.")
-    if path.is_file():
-        return _load_file(path, names)
-    if (path / 'config.json').is_file():
-        return _load_folder(path, names)
-    found = [p for p in (path / _CHECKPOINTS / 'model_best.pth.tar', path / 'model_best.pth.tar') if p.is_file()]
-    if found and found[0].parent != path:
-        raise ValueError(
-            f"'{path}' has no config.json: its run has not ended; resume it, or give '{found[0]}', its best so far."
-        )
-    hint = (
-        f"give its checkpoint '{found[0]}'" if found else "give a folder of finetune, or a file of timm's train script"
-    )
-    raise ValueError(f"'{path}' has no config.json; {hint}.")
+    given = given_names(label_names)
+    path = find_model(path)
+    try:
+        trained = _load_folder(path, given) if path.is_dir() else _load_file(path, given)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as e:
+        raise ValueError(f"'{path}' cannot be loaded ({_first_line(e)}).") from e
+    if given is not None:
+        trained.label_names = given_names(given, trained.model.num_classes)
+    return trained

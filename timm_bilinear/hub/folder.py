@@ -1,15 +1,70 @@
 """A model folder in the Hub's layout: that what it says of the number of classes is one number, and that it loads."""
 
 import json
+import logging
+import os
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional, Union
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-__all__ = ['load_folder', 'read_config']
+__all__ = ['best_checkpoint', 'find_model', 'load_folder', 'read_config']
+
+_logger = logging.getLogger(__name__)
+
+
+def best_checkpoint(folder: Path) -> Optional[Path]:
+    """The best checkpoint of a folder of a run, finetune's or the train script's, else the last."""
+    names = ('checkpoints/model_best.pth.tar', 'checkpoints/last.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def find_model(model: Union[str, Path]) -> Path:
+    """Find what a local name of a model means.
+
+    Args:
+        model: Path of a folder or file, or 'local-dir:FOLDER'.
+
+    Returns:
+        Folder with a config.json and weights, or checkpoint file: of a run without a result, its best so far, with a
+        warning.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the name is empty.
+    """
+    name = os.fspath(model)
+    source, colon, place = name.partition(':')
+    is_folder = bool(colon) and source.lower().replace('_', '-') == 'local-dir'
+    name = place if is_folder else name
+    if not name.strip():
+        raise ValueError(f"The name of a model is missing in '{os.fspath(model)}'.")
+    path = Path(name).expanduser()
+    if is_folder and not path.is_dir():
+        raise FileNotFoundError(f"There is no folder '{name}'.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint '{name}'.")
+    if path.name == 'model.safetensors' and path.is_file() and path.with_name('config.json').is_file():
+        path = path.parent
+    if not path.is_dir():
+        return path
+    if (path / 'config.json').is_file():
+        if not any(found for pattern in ('*.safetensors', '*.bin', '*.pth') for found in path.glob(pattern)):
+            raise FileNotFoundError(f"'{path}' has no weights beside its config.json (model.safetensors).")
+        return path
+    checkpoint = best_checkpoint(path)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"'{path}' is no folder of a model: it has neither a config.json nor checkpoints of a run."
+        )
+    if (path / 'checkpoints').is_dir():
+        _logger.warning(f"'{path}' is a run that has not ended: taking its best so far, '{checkpoint}'.")
+    else:
+        _logger.info(f"Taking '{checkpoint}'.")
+    return checkpoint
 
 
 def read_config(folder: Path) -> Dict[str, Any]:

@@ -41,7 +41,7 @@ def read_label_names(path: Union[str, Path]) -> List[str]:
     try:
         names = json.loads(text) if text.startswith(('[', '{')) else None
     except ValueError as e:
-        if text.endswith((']', '}')):
+        if text.endswith((']', '}')) or text[1:].lstrip().startswith('"'):
             raise ValueError(f"The label names '{path}' are not valid JSON: {e}.") from None
         names = None  # a name may begin with a bracket
     if names is None:

@@ -17,7 +17,8 @@ from .checkpoint import Trained
 __all__ = ['IMG_MODES', 'METRICS', 'License', 'create_card']
 
 _LOAD = """import timm
-{import_ours}import torch
+import timm_bilinear  # registers bilinear CNNs with timm
+import torch
 {import_pil}
 model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 """
@@ -117,9 +118,6 @@ def _usage(model: nn.Module, repo_id: str, is_classifier: bool) -> str:
     mode = IMG_MODES.get(channels)
     code = _LOAD.format(
         repo_id=repo_id,
-        import_ours=''
-        if not isinstance(model, BilinearCNN)
-        else 'import timm_bilinear  # registers bilinear CNNs with timm\n',
         import_pil='from PIL import Image, ImageOps\n' if mode else '',
     )
     if mode:
@@ -235,7 +233,8 @@ def create_card(
     metrics = {metric_names[key]: f'{value:.2f} %' for key, value in trained.metrics.items() if key in metric_names}
     data = _metadata(trained, name, task, dataset, license, metric_names)
     arguments = {k: _public(v) for k, v in get_model_args(model).items() if k != 'num_classes'}
-    args = {key: _public(trained.args.get(key)) for key in _TRAINING}
+    told = ('epochs', 'head_epochs') if trained.args.get('stages') else ()  # by each of the stages
+    args = {key: _public(trained.args.get(key)) for key in _TRAINING if key not in told}
     args['precision'] = _precision(trained.args)
     about = {
         'architecture': model.pretrained_cfg['architecture'],
@@ -254,7 +253,7 @@ def create_card(
     text = (
         f'# {name}\n\n{_kind(trained)}\n\n'
         + _table('Model', about)
-        + ('## Usage\n\n' if head is None else '## Usage\n\nWith timm_bilinear installed:\n\n')
+        + '## Usage\n\nWith timm_bilinear installed:\n\n'
         + _usage(model, repo_id, is_classifier)
         + '\n\n'
         + _table('Results', metrics)

@@ -1,10 +1,13 @@
 """Publishing: a model or a folder on its way to the Hugging Face Hub."""
 
+import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
+from urllib.parse import unquote
 
 import timm
 import torch
@@ -17,7 +20,8 @@ from torch import nn
 
 from .checkpoint import Trained, load_trained
 from .client import upload
-from .labels import stored_label_names
+from .folder import find_model
+from .labels import given_names, stored_label_names
 from .licenses import check_license
 from .model_card import METRICS, License, create_card
 from .rename import rename_card
@@ -26,9 +30,11 @@ from .save import save_model, unwrap
 __all__ = ['push_to_hub', 'save_model']
 
 
+_logger = logging.getLogger(__name__)
+
 _CARD = 'README.md'
-# Of finetune's folder, what is not published: it names paths of the machine.
-_LOCAL = ('args.yaml',)
+# What a repo is made of. Other files are sent if the card mentions them: those of runs name paths of the machine.
+_OF_A_REPO = re.compile(r'config\.json|pytorch_model\.bin|.*\.safetensors|(LICEN[CS]E|NOTICE)(\.\w+)?')
 
 
 def _load(
@@ -41,7 +47,7 @@ def _load(
         trained = load_trained(model_or_checkpoint, label_names)
     else:
         model = unwrap(model_or_checkpoint)
-        names = list(label_names) if label_names else stored_label_names(model)
+        names = given_names(label_names, model.num_classes) or stored_label_names(model)
         trained = Trained(model, names, resolve_input_data_config(model))
     if trained.label_names and len(trained.label_names) != trained.model.num_classes:
         raise ValueError(
@@ -103,9 +109,17 @@ def _copy(repo: Path, directory: Path, repo_id: str):
         check_license(license, data.get('license_name'), data.get('license_link'), f"'{repo / _CARD}'")
     text = rename_card(text, repo_id)
     directory.mkdir(parents=True, exist_ok=True)
-    for path in repo.iterdir():
-        if path.is_file() and not path.name.startswith('.') and path.name not in _LOCAL:
+    left = []
+    for path in sorted(repo.iterdir()):
+        if not path.is_file() or path.name.startswith('.') or path.name == _CARD:
+            continue
+        mentioned = re.search(rf'(?<![\w-]){re.escape(path.name)}(?![\w-]|\.\w)', f'{text}\n{unquote(text)}')
+        if _OF_A_REPO.fullmatch(path.name) or (mentioned and path.name != 'args.yaml'):
             shutil.copyfile(path, directory / path.name)
+        else:
+            left.append(path.name)
+    if left:
+        _logger.warning(f'Left out of what is sent, for the card does not mention it: {", ".join(left)}.')
     (directory / _CARD).write_bytes(text.encode())
 
 
@@ -132,16 +146,17 @@ def push_to_hub(
     sent, and a commit that landed is not repeated.
 
     Args:
-        model_or_checkpoint: Model made by `timm.create_model`, maybe compiled or wrapped, folder or checkpoint file of
-            `finetune`, or checkpoint file of timm's train script. A folder that has a README.md is a repo already,
-            maybe of a dry run with a card completed by hand: its files are sent as they are, without args.yaml, and
-            `license` to `half` do not apply; a card of another repo is made to name this one.
+        model_or_checkpoint: Model made by `timm.create_model`, maybe compiled or wrapped, or what `load_trained` takes:
+            folder or checkpoint file of `finetune` or of timm's train script. A folder that has a config.json and a
+            README.md is a repo already, maybe of a dry run with a card completed by hand: its config, weights, licence
+            and what the card mentions are sent as they are, and `license` to `half` do not apply; a card of another
+            repo is made to name this one.
         repo_id: Hub repo, 'owner/name'; created if it is not there.
         private: Create it private; one that is there and public is refused.
         license: The weights' licence, as the Hub abbreviates it ('apache-2.0'); left out of the card if None.
         dataset: Name of the dataset the model was trained on, for the card; not a path.
-        label_names: Class names in the order of the logits; None for those of the model or checkpoint, or of the data
-            that it was trained on, if they are certain.
+        label_names: Class names in the order of the logits, {index: name}, or a file of them; None for those of the
+            model or checkpoint, or of the data that it was trained on, if they are certain.
         data_config: Preprocessing the weights were trained with; None for what the checkpoint or the model says.
         half: Store weight matrices in half precision; the loaded model has float32.
         commit_message: Message of the commit.
@@ -159,7 +174,7 @@ def push_to_hub(
     Raises:
         FileExistsError: If the folder of a dry run is not empty.
         FileNotFoundError: If there is no such checkpoint.
-        TypeError: If the model was not made by timm.
+        TypeError: If the model was not made by timm, or `label_names` are no names.
         ValueError: If `repo_id`, checkpoint, licence, dataset, `label_names` or `metrics` are wrong, or a weight is too
             large for `half`.
         RuntimeError: If the Hub does not take it, or would show what is to be private: why, in one sentence.
@@ -167,13 +182,17 @@ def push_to_hub(
     validate_repo_id(repo_id)
     if repo_id.count('/') != 1:
         raise ValueError(f"'repo_id' must be 'owner/name', got {repo_id!r}.")
+    if dry_run is not None and (not os.fspath(dry_run) or Path(dry_run).is_file()):
+        raise ValueError(f"'dry_run' must name a folder, got '{dry_run}'.")
     if dry_run is not None and Path(dry_run).exists() and any(Path(dry_run).iterdir()):
         raise FileExistsError(f"The folder of a dry run must be new or empty, '{dry_run}' is not.")
     check_license(license, license_name, license_link)
     _check_dataset(dataset)
     _check_metrics(metrics)
     is_path = isinstance(model_or_checkpoint, (str, os.PathLike))
-    is_repo = is_path and Path(model_or_checkpoint, _CARD).is_file()
+    if is_path:
+        model_or_checkpoint = find_model(model_or_checkpoint)
+    is_repo = is_path and (model_or_checkpoint / _CARD).is_file()
     if is_repo and (license or dataset or label_names or data_config or half or metrics):
         raise ValueError(
             f"'{model_or_checkpoint}' has a README.md, so its files are sent as they are, with no other licence,"
@@ -184,11 +203,11 @@ def push_to_hub(
         terms = License(license, license_name, license_link) if license else None
         card = create_card(trained, repo_id, dataset, terms, half=half, is_measured=metrics is not None)
         # a model's config has sizes for tests too, which hold unless the weights were trained with something else
-        is_known = data_config is None and not (is_path and Path(model_or_checkpoint).is_file())
+        is_known = data_config is None and not (is_path and model_or_checkpoint.is_file())
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / 'repo' if dry_run is None else Path(dry_run)
         if is_repo:
-            _copy(Path(model_or_checkpoint), directory, repo_id)
+            _copy(model_or_checkpoint, directory, repo_id)
         else:
             _build(trained, None if is_known else trained.data_config, card, directory, repo_id, half)
         if dry_run is not None:

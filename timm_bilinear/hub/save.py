@@ -19,6 +19,7 @@ from .partial import partial_path
 
 __all__ = ['save_model', 'unwrap']
 
+
 def unwrap(model: Any) -> nn.Module:
     """The model made by timm, out of what compiles, parallelises or averages it.
 

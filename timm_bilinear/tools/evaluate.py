@@ -1,6 +1,8 @@
 """Evaluation of a model on images whose classes are known: the one loop that validation and all reports go through."""
 
-import logging
+import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -12,24 +14,28 @@ from tqdm import tqdm
 from ..data.folder import create_split
 from ..data.images import shown
 from ..data.loader import create_loader
+from ..data.named import is_named
+from ..data.scan import find_split, find_splits
 from .evaluation_files import Evaluation, ResultFolder, image_name
 from .inference import (
     AMP_DTYPES,
     TTA,
+    check_choice,
     label_descriptions,
+    left_as_it_was,
     load,
     model_name,
+    precision,
     predict_logits,
     resolve_amp_dtype,
     resolve_device,
     view_data_config,
+    whole_number,
 )
 from .inference import label_names as read_label_names
 from .metrics import ImageMetrics, confused_pairs, image_metrics, summarize
 
 __all__ = ['Evaluation', 'evaluate', 'evaluate_dataset', 'evaluate_loader', 'format_metrics']
-
-_logger = logging.getLogger(__name__)
 
 
 def _measure_batches(
@@ -104,11 +110,11 @@ def _check_batch(logits: torch.Tensor, targets: torch.Tensor, dataset, first: in
     """
     if logits.ndim != 2 or logits.shape[1] != num_classes:
         raise ValueError(f'The model gives logits of shape {tuple(logits.shape[1:])} for {num_classes} classes.')
-    bad = ~logits.isfinite().all(1)
+    bad = ~logits.softmax(1).isfinite().all(1)  # a logit of -inf is that of a class that is masked
     if bad.any():
         name = shown(image_name(dataset, first + int(bad.nonzero()[0])))
         remedy = '; they may be with --amp float32' if in_amp else ''
-        raise ValueError(f"The model's logits for '{name}' are not finite{remedy}.")
+        raise ValueError(f"The model's probabilities for '{name}' are not finite{remedy}.")
     unknown = (targets < 0) | (targets >= num_classes)
     if unknown.any():
         at = int(unknown.nonzero()[0])
@@ -156,21 +162,24 @@ def evaluate_dataset(
         raise ValueError('There are no images to evaluate.')
     images = ImageMetrics(*(torch.cat(values) for values in zip(*parts)))
     metrics = summarize(images, len(class_names))
-    metrics['amp'] = 'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.')
+    metrics['amp'] = precision(model, amp_dtype)
     return Evaluation(metrics, images, list(class_names), dataset)
 
 
-def _check_arguments(tta: Optional[str], amp: Optional[str], **counts: Tuple[int, int]):
-    """Check what can be checked before anything is loaded."""
-    if tta is not None and tta not in TTA:
-        raise ValueError(f"'tta' must be one of {', '.join(map(repr, TTA))}, got {tta!r}.")
-    if amp is not None and amp not in AMP_DTYPES:
-        raise ValueError(f"'amp' must be one of {', '.join(map(repr, AMP_DTYPES))}, got {amp!r}.")
-    for name, (value, least) in counts.items():
-        if value is None and name == 'workers':
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"'{name}' must be a whole number of at least {least}, got {value!r}.")
+def _check_names(data: Any, split: Any, **places: Any):
+    """Check the names of folders and files, and of the split, before anything is loaded.
+
+    Raises:
+        TypeError, ValueError: If one is no name, by name of the argument.
+    """
+    if not isinstance(data, (str, os.PathLike)):
+        raise TypeError(f"'data' must be a folder, or the name of a data set, got {data!r}.")
+    for name, place in dict(places, data=data).items():
+        if isinstance(place, str) and not place.strip():
+            raise ValueError(f"'{name}' is empty.")
+    is_name = isinstance(split, str) and split.strip() not in ('', '.', '..')
+    if not is_name or (not is_named(data) and ('/' in split or '\\' in split)):
+        raise ValueError(f"'split' must be the name of a split, such as 'test', got {split!r}.")
 
 
 def _read_classes(model: nn.Module) -> Tuple[Optional[int], Optional[List[str]]]:
@@ -193,7 +202,8 @@ def _find_images(
     num_classes, names = _read_classes(model)
     if options['class_map'] is not None:
         names = None  # the map says which folder has which index
-    found = create_split(data, split, class_names=names, **options)
+    with redirect_stdout(sys.stderr):  # timm prints of packages that are missing
+        found = create_split(data, split, class_names=names, **options)
     notes = [*found.warnings, *found.skipped]
     if names is None:
         names = list(found.class_names) or read_label_names(model)
@@ -220,7 +230,7 @@ def evaluate(
     workers: Optional[int] = None,
     device: Optional[str] = None,
     amp: Optional[str] = 'auto',
-    label_names: Optional[Sequence[str]] = None,
+    label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None,
     skip_bad: bool = False,
     class_map: Optional[Union[str, Path, Dict[str, int]]] = None,
     root: Optional[Union[str, Path]] = None,
@@ -235,7 +245,7 @@ def evaluate(
     are left out of the mean per class.
 
     Args:
-        model: Whatever `load` takes.
+        model: Whatever `load` takes. A module is left as it is.
         data: Folder with splits, or with a folder per class, or name of a dataset as timm has it.
         split: Which split, where there are several.
         output: Folder for metrics.json, predictions.csv, classes.csv, confusion_matrix.csv and .png,
@@ -245,7 +255,7 @@ def evaluate(
         workers: Loader processes, None for a number by the cores.
         device: Device to compute on; None for a GPU if there is one.
         amp: 'auto' for bfloat16 where the hardware has it, 'bfloat16', 'float16', or 'float32'.
-        label_names: Class names in the order of the logits, instead of the model's.
+        label_names: Class names in the order of the logits, {index: name}, or a file of them, instead of the model's.
         skip_bad: Leave out images that cannot be read.
         class_map: File or dictionary from class folders to indices, as for timm's train script.
         root: Folder of a named dataset.
@@ -257,24 +267,34 @@ def evaluate(
     Returns:
         'images', 'loss', and in percent 'top1' with its 95 % confidence interval by Wilson 'top1_low' to 'top1_high',
         'top5' if there are more than five classes, 'mean_per_class' and the expected 'calibration_error' of 15 bins;
-        'model', 'data', 'split', 'tta', 'amp', 'classes', 'classes_without_images', 'most_confused' pairs of classes
-        and 'notes' on what was left out.
+        'model', 'data', 'split' (None where there are none), 'tta', 'amp', 'classes', 'classes_without_images',
+        'most_confused' pairs of classes and 'notes' on what was left out.
 
     Raises:
         FileExistsError: If files of `output` would be overwritten that are not of an evaluation.
         FileNotFoundError: If model or data are not there.
-        ValueError: If arguments are wrong, data show a class that the model does not know, or logits are not finite.
+        ValueError: If arguments are wrong, data show a class that the model does not know, or probabilities are not
+            finite.
+        TypeError: If an argument is something else than it should be.
         OSError: If results cannot be written.
+        KeyboardInterrupt: If it is stopped; the message says that `output` is as it was.
     """
-    _check_arguments(tta, amp, batch_size=(batch_size, 1), workers=(workers, 0), worst=(worst, 0), pairs=(pairs, 0))
+    _check_names(data, split, output=output, class_map=class_map, root=root)
+    check_choice('tta', tta, TTA)
+    check_choice('amp', amp, AMP_DTYPES)
+    batch_size, worst = whole_number('batch_size', batch_size, 1), whole_number('worst', worst, 0)
+    pairs, workers = whole_number('pairs', pairs, 0), None if workers is None else whole_number('workers', workers, 0)
     resolve_device(device)
+    progress = progress and sys.stderr is not None  # which a shell may have closed
     if output is not None and Path(output).resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(f"The output '{output}' must not lie inside the data '{data}': it would be taken for a class.")
-    with ResultFolder(output) as folder:
+    with ResultFolder(output) as folder, left_as_it_was(model):
         net = load(model, device, label_names)
         dataset, names, notes = _find_images(
-            net, data, split, skip_bad=skip_bad, class_map=class_map, root=root, download=download
+            net, data, split, skip_bad=skip_bad, class_map=class_map, root=root, download=download, progress=progress
         )
+        if not is_named(data) and find_split(Path(data), split, find_splits(Path(data))) is None:
+            split = None  # as a note says
         result = evaluate_dataset(net, dataset, names, tta, batch_size, workers, amp, progress)
         result.shown_names = label_descriptions(net) if read_label_names(net) == names else None
         images = torch.bincount(result.images.targets, minlength=len(names)).tolist()

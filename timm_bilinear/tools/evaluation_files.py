@@ -3,9 +3,9 @@
 import copy
 import csv
 import json
+import math
 import os
-import shutil
-import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from ..data.images import open_image
+from ..hub.partial import partial_path
+from .interrupt import Interrupted, Terminated
 from .lettering import class_label
 from .metrics import ImageMetrics, class_table, confused_pairs, confusion_matrix
 from .pictures import (
@@ -89,11 +91,14 @@ class ResultFolder:
         FileExistsError: If the folder has files of these names that an earlier evaluation did not write.
         NotADirectoryError: If it is a file.
         OSError: If it cannot be written to.
+        Interrupted: On leaving, for a KeyboardInterrupt before anything in the folder was changed.
     """
 
     def __init__(self, path: Optional[Union[str, Path]]):
         self.path = None if path is None else Path(path)
         self._scratch: Optional[Path] = None
+        self._stack = ExitStack()
+        self._is_changed = False
         self._made: List[Path] = []
 
     def __enter__(self) -> 'ResultFolder':
@@ -112,18 +117,20 @@ class ResultFolder:
             )
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        self._scratch = self.path / f'.evaluate.{uuid.uuid4().hex[:8]}'
+        self._scratch = self._stack.enter_context(partial_path(self.path, '.evaluate.'))
         self._scratch.mkdir()
         return self
 
     def __exit__(self, *error):
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._stack.close()
         for folder in self._made if error[0] is not None else ():
             try:
                 folder.rmdir()
             except OSError:  # not empty, so not ours alone
                 break
+        if isinstance(error[1], KeyboardInterrupt) and not self._is_changed and self.path is not None:
+            code = 143 if isinstance(error[1], Terminated) else 130
+            raise Interrupted(f"Stopped: '{self.path}' is as it was.", code) from error[1]
 
     def _read_own(self) -> List[str]:
         """Names of the files that an earlier evaluation wrote here."""
@@ -159,9 +166,12 @@ class ResultFolder:
             _save(picture, self._scratch / 'confused_pairs.png')
         files = [name for name in FILES if name == 'metrics.json' or (self._scratch / name).exists()]
         metrics = dict(tool=_TOOL, **result.metrics, files=files)
+        if not math.isfinite(metrics['loss']):  # of a class with a probability of 0, for which JSON has no number
+            metrics['loss'] = None
         text = json.dumps(metrics, indent=2, allow_nan=False) + '\n'
         (self._scratch / 'metrics.json').write_text(text)
         old = self._read_own()
+        self._is_changed = True
         for name in files:
             os.replace(self._scratch / name, self.path / name)
         for name in set(old) - set(files):

@@ -1,7 +1,6 @@
 """Export to ONNX, with class names and preprocessing in the file, checked in onnxruntime before it gets its name."""
 
 import copy
-import glob
 import importlib.util
 import io
 import json
@@ -23,8 +22,10 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..data.images import open_image
+from ..hub.labels import given_names
+from ..hub.partial import partial_path
 from ..models.image_modes import IMG_MODES
-from .inference import label_descriptions, label_names, load, model_name, view_data_config
+from .inference import label_descriptions, label_names, load, model_name, view_data_config, whole_number
 
 __all__ = ['export_onnx', 'preprocessing', 'run_export']
 
@@ -45,34 +46,30 @@ def _check_installed():
 
 
 def _check_target(file: Union[str, Path]) -> Path:
+    if not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f"'file' must be the name of a file, got {file!r}.")
     path = Path(file)
-    if path.is_dir() or not path.name:
+    if path.is_dir():
         raise IsADirectoryError(f"'file' must be a file, '{file}' is a folder.")
+    if path.suffix.lower() != '.onnx':
+        raise ValueError(f"'file' must have a name that ends in .onnx, got '{file}'.")
     path = path.resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder of '{file}' does not exist.")
+    if os.path.lexists(path) and not path.is_file():  # which would be replaced by one
+        raise ValueError(f"'file' must be a file, '{file}' is a device, a pipe or a socket.")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"'{file}' cannot be written.")
     return path
 
 
-def _check_numbers(opset: Optional[int], repeats: int):
-    import onnx
-
-    newest = onnx.defs.onnx_opset_version()
-    for name, value, least, most in (('opset', opset, _FIRST_OPSET, newest), ('repeats', repeats, 0, 10_000)):
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (is_whole and least <= value <= most):
-            raise ValueError(f"'{name}' must be a whole number of {least} to {most}, got {value!r}.")
-
-
 def _input_size(config: Dict[str, Any], size: Optional[Union[int, Sequence[int]]]) -> Tuple[int, int, int]:
     channels, *own = config['input_size']
-    wanted = own if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    wanted = own if size is None else list(size) if isinstance(size, (list, tuple)) else [size]
     wanted = wanted * 2 if len(wanted) == 1 else wanted
-    if len(wanted) != 2 or any(not isinstance(edge, int) or isinstance(edge, bool) or edge < 1 for edge in wanted):
+    if len(wanted) != 2:
         raise ValueError(f"'size' must be a height and width in pixels, got {size!r}.")
-    return (channels, *wanted)
+    return (channels, *(whole_number('size', edge, 1) for edge in wanted))
 
 
 def preprocessing(config: Dict[str, Any]) -> str:
@@ -82,15 +79,21 @@ def preprocessing(config: Dict[str, Any]) -> str:
         config: Data config, as of `view_data_config`.
     """
     channels, height, width = config['input_size']
+    end = 'NCHW, float32. Output: logits, whose softmax are probabilities.'
+    if channels not in IMG_MODES:
+        return (
+            f'How images get {channels} channels, and values that mean and std are of, is not known; height and width'
+            f' {height} x {width}; subtract mean, divide by std; {end}'
+        )
     edges = ' x '.join(str(int(edge / config['crop_pct'])) for edge in (height, width))
     how = {
         'squash': f'resize to {edges} whatever its proportions',
         'border': f'resize to fit into {edges}, fill the rest with the mean',
     }.get(config['crop_mode'], f'resize to cover {edges}')
     return (
-        f'Turn the image upright (EXIF) and read it as {IMG_MODES.get(channels, channels)} with 8 bits, what is'
+        f'Turn the image upright (EXIF) and read it as {IMG_MODES[channels]} with 8 bits, what is'
         f' transparent on white; {how} ({config["interpolation"]}); crop the central {height} x {width};'
-        f' divide by 255, subtract mean, divide by std; NCHW, float32. Output: logits, whose softmax are probabilities.'
+        f' divide by 255, subtract mean, divide by std; {end}'
     )
 
 
@@ -199,6 +202,8 @@ def _largest_difference(model: nn.Module, run: Callable, images: torch.Tensor) -
     except Exception as e:  # onnxruntime has its own errors
         reason = ' '.join(str(e).split())[:300].rstrip('.')
         raise RuntimeError(f'The exported model is not usable {where}: {reason}. Nothing was written.') from e
+    if found.shape == expected.shape and torch.equal(found.isneginf(), expected.isneginf()):  # classes that are masked
+        expected, found = (logits.masked_fill(logits.isneginf(), 0.0) for logits in (expected, found))
     if found.shape != expected.shape or not expected.isfinite().all() or not found.isfinite().all():
         shapes = f'{tuple(found.shape)}, not {tuple(expected.shape)}'
         reason = f'it gives {shapes}' if found.shape != expected.shape else 'logits are not finite'
@@ -230,7 +235,7 @@ def export_onnx(
     opset: Optional[int] = None,
     size: Optional[Union[int, Sequence[int]]] = None,
     image: Optional[Any] = None,
-    label_names: Optional[Sequence[str]] = None,
+    label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None,
     repeats: int = 5,
 ) -> Dict[str, Any]:
     """Export a model to ONNX: float32, with any batch size, from preprocessed images to logits.
@@ -243,11 +248,11 @@ def export_onnx(
 
     Args:
         model: What `load` takes. A module is left as it is.
-        file: File to write.
+        file: File to write, whose name ends in .onnx.
         opset: ONNX operator set, PyTorch's default if None. Before 18 TorchScript's exporter is used.
         size: Height and width of the images, as a number or two, the model's own if None.
         image: Picture to compare on, what `open_image` takes; one is drawn if None.
-        label_names: Class names in the order of the logits, instead of the model's.
+        label_names: Class names in the order of the logits, {index: name}, or a file of them, instead of the model's.
         repeats: Runs of each kind to measure its speed; 0 measures nothing.
 
     Returns:
@@ -258,15 +263,22 @@ def export_onnx(
         OSError: If the model cannot be loaded or the file not be written.
         RuntimeError: If onnx, onnxruntime or onnxscript are missing, the model cannot be exported, or the exported
             model is not the same.
-        ValueError: If an argument is wrong, or the model does not take images of this size.
+        TypeError: If an argument is something else than it should be.
+        ValueError: If an argument is wrong, the model has no classifier, or does not take images of this size.
     """
     path = _check_target(file)
     _check_installed()
-    _check_numbers(opset, repeats)
+    import onnx
+
+    if opset is not None:
+        opset = whole_number('opset', opset, _FIRST_OPSET, onnx.defs.onnx_opset_version())
+    repeats, given = whole_number('repeats', repeats, 0), given_names(label_names)
     # a module of the user's stays as it is
     net = copy.deepcopy(unwrap_model(model)) if isinstance(model, nn.Module) else load(model, 'cpu')
-    net = load(net.float().cpu().to(memory_format=torch.contiguous_format), 'cpu', label_names)
+    net = load(net.float().cpu().to(memory_format=torch.contiguous_format), 'cpu', given)
     net = net.to(memory_format=torch.contiguous_format)
+    if getattr(unwrap_model(net), 'num_classes', None) == 0:
+        raise ValueError("'model' has no classifier (num_classes is 0), so there are no logits to export.")
     config = view_data_config(net)
     config['input_size'] = _input_size(config, size)
     count = sum(p.numel() * p.element_size() for p in (*net.parameters(), *net.buffers()))
@@ -281,7 +293,6 @@ def export_onnx(
         pictures = torch.stack([seen, seen.flip(-1), seen.flip(-2)])
     else:
         pictures = noise.abs()
-    partial = path.with_name(f'.{path.name[:200]}.{os.getpid()}.partial')
     with torch.inference_mode():
         try:
             out = net(noise[:1])
@@ -290,7 +301,7 @@ def export_onnx(
             raise ValueError(f"'{model_name(net)}' does not take images of {config['input_size']}: {reason}") from e
         if not isinstance(out, torch.Tensor) or out.ndim != 2:
             raise ValueError(f"'{model_name(net)}' gives no logits (B, K).")
-    try:
+    with partial_path(path.parent, f'.{path.name[:50]}.', '.partial') as partial:
         exporter = _export(net, noise[:2], partial, opset)
         try:
             found = _write_metadata(partial, _metadata(net, config), opset)
@@ -307,9 +318,6 @@ def export_onnx(
             difference = max(_largest_difference(net, run, images) for images in batches)
             speed = _images_per_second(net, run, pictures[:1], repeats)
         os.replace(partial, path)
-    finally:
-        for left in path.parent.glob(f'{glob.escape(partial.name)}*'):
-            left.unlink(missing_ok=True)
     return dict(
         file=str(file),
         bytes=path.stat().st_size,

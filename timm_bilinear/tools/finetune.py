@@ -10,6 +10,7 @@ from typing import Any, Dict, Optional, Union
 from .distributed import init_distributed, shutdown
 from .inference import resolve_amp_dtype
 from .interrupt import Interrupted, catch_sigterm
+from .lock import only_run
 from .session import Session
 from .settings import Settings, Stage, default_stages
 from .training import evaluate
@@ -51,14 +52,15 @@ def finetune(
             - patience: End a stage after so many epochs without a better validation result.
             - train_aug: Augmentation by the names of `timm.data.create_transform`: scale, ratio, hflip, vflip,
               color_jitter, auto_augment.
-            - amp_dtype: 'auto', 'bfloat16', 'float16' or 'float32' (also None); a CPU without the instructions trains
-              in float32 anyway.
+            - amp_dtype: 'auto', 'bfloat16', 'float16' or 'float32' (also None), or torch's dtype; a CPU without the
+              instructions trains in float32 anyway.
             - workers: Loader processes; device: device to train on, None for a GPU if there is one.
             - seed: Seed of weights, order and augmentation.
             - val_fraction: Share of the images to validate on, if there is no `val`; skip_bad: go on without the images
               that cannot be read; class_map: file with the order of the classes.
             - data_root, train_split, val_split, test_split, download: Where a named data set is, and what of it.
-            - head_cache: GB of features that may be kept while the streams are frozen; 0 for none.
+            - head_cache: GB of features of whole images and their mirror images that may be kept while the streams are
+              frozen; 0 for none: images go through the streams in every epoch, augmented.
             - resume: Continue the run in `output`, if there is one, with its arguments. Those that are given again must
               be the same, but for data_dir (the same images elsewhere), workers, device, log_format and tensorboard.
             - overwrite: Replace the run in `output`.
@@ -72,7 +74,7 @@ def finetune(
         FileExistsError: If `output` holds something and neither `resume` nor `overwrite` is set.
         FileNotFoundError: If data are missing, or there is nothing to resume.
         Interrupted: After Ctrl-C or SIGTERM; its message says what is kept and how to go on.
-        RuntimeError: If another process writes to `output`, or the loss became infinite.
+        RuntimeError: If another process writes to `output`, another thread has a run, or the loss became infinite.
         TypeError: If there is no such setting, or one has a wrong type.
         ValueError: If data or settings are wrong, or differ from those of the run that is resumed.
         OSError: If results cannot be written.
@@ -81,9 +83,10 @@ def finetune(
     checked = Settings.of(dict(settings, **given))
     if checked.output is None:
         raise ValueError("'output' is missing: the folder for the run.")
-    ranks = init_distributed(checked.device)
-    try:
-        with catch_sigterm():
-            return Session(checked, ranks).run()
-    finally:
-        shutdown(ranks)
+    with only_run():
+        ranks = init_distributed(checked.device)
+        try:
+            with catch_sigterm():
+                return Session(checked, ranks).run()
+        finally:
+            shutdown(ranks)

@@ -6,6 +6,7 @@ precision in a file: descriptors where that part is the classifier alone, featur
 
 import copy
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -169,24 +170,32 @@ class FrozenStage:
         loader = create_loader(dataset, self.data_config, min(self.batch_size, 16), self.workers, self.device)
         self.net.eval()
         unsaved = 0
-        for images, _ in self.log.steps(loader, len(loader), f'{self.noun}, {split}', {}):
-            images = images.to(memory_format=torch.channels_last)
-            values = []
-            for view in (images, images.flip(3))[:views]:
-                with autocast(self.device, self.amp_dtype):
-                    values.append(self._describe(view).float())
-            rows = torch.stack(values, 1).flatten(0, 1)
-            try:
-                self.file.write(first_row + views * start, rows)
-            except FeatureError as e:
-                path = self.datasets[split].paths[start]
-                raise FeatureError(f"{e}, of '{path}' or one of the {len(images) - 1} images after it") from None
-            start, unsaved = start + len(images), unsaved + rows.nbytes
-            self.file.done[split] = start - count * rank // world_size
-            if unsaved > _UNSAVED_BYTES:
+        try:
+            for images, _ in self.log.steps(loader, len(loader), f'{self.noun}, {split}', {}):
+                rows = self._describe_views(images.to(memory_format=torch.channels_last), views)
+                try:
+                    self.file.write(first_row + views * start, rows)
+                except FeatureError as e:
+                    path = self.datasets[split].paths[start]
+                    raise FeatureError(f"{e}, of '{path}' or one of the {len(images) - 1} images after it") from None
+                start, unsaved = start + len(images), unsaved + rows.nbytes
+                self.file.done[split] = start - count * rank // world_size
+                if unsaved > _UNSAVED_BYTES:
+                    self.file.save_progress()
+                    unsaved = 0
+        except BaseException:  # Ctrl-C above all
+            with suppress(OSError):
                 self.file.save_progress()
-                unsaved = 0
+            raise
         self.file.save_progress()
+
+    def _describe_views(self, images: torch.Tensor, views: int) -> torch.Tensor:
+        """(B * views, columns) that is kept of images and, for two views, their mirror images, in turn."""
+        values = []
+        for view in (images, images.flip(3))[:views]:
+            with autocast(self.device, self.amp_dtype):
+                values.append(self._describe(view).float())
+        return torch.stack(values, 1).flatten(0, 1)
 
     def _step(self, rows: torch.Tensor, targets: torch.Tensor) -> Tuple[float, int]:
         """Loss before the step and number of images that were right."""

@@ -2,8 +2,9 @@
 
 import logging
 import math
+import operator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_input_data_config
@@ -11,22 +12,26 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .._compat import mkldnn_has_bfloat16
-from .loading import label_descriptions, label_names, load, model_name, resolve_device
+from .loading import label_descriptions, label_names, left_as_it_was, load, model_name, resolve_device
 
 __all__ = [
     'AMP_DTYPES',
     'TTA',
     'autocast',
     'batch_logits',
+    'check_choice',
     'label_descriptions',
     'label_names',
+    'left_as_it_was',
     'load',
     'model_name',
+    'precision',
     'predict_logits',
     'resolve_amp_dtype',
     'resolve_device',
     'view_data_config',
     'views',
+    'whole_number',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -35,6 +40,35 @@ AMP_DTYPES = ('auto', 'bfloat16', 'float16', 'float32')
 TTA = ('flip', 'crops')
 # 'crops' cuts from images whose edges are this much longer than the model's input, as 256 pixels for crops of 224.
 _CROP_SCALE = 8 / 7
+
+
+def whole_number(name: str, value: Any, least: int, most: Optional[int] = None) -> int:
+    """Check a number that a user gives, of Python or numpy.
+
+    Raises:
+        TypeError: If it is no whole number, by name.
+        ValueError: If it is too small or too large, by name.
+    """
+    bounds = f'at least {least}' if most is None else f'{least} to {most}'
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"'{name}' must be a whole number of {bounds}, got {value!r}.")
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"'{name}' must be {bounds}, got {number}.")
+    return number
+
+
+def check_choice(name: str, word: Optional[str], words: Sequence[str]) -> None:
+    """Check a word that a user gives, or None.
+
+    Raises:
+        ValueError: If it is none of those possible, by name.
+    """
+    if word is not None and word not in words:
+        raise ValueError(f"'{name}' must be one of {', '.join(map(repr, words))}, got {word!r}.")
 
 
 def resolve_amp_dtype(name: Optional[str], device: torch.device) -> Optional[torch.dtype]:
@@ -51,8 +85,7 @@ def resolve_amp_dtype(name: Optional[str], device: torch.device) -> Optional[tor
     Raises:
         ValueError: If there is no such name.
     """
-    if name is not None and name not in AMP_DTYPES:
-        raise ValueError(f"'amp' must be one of {', '.join(map(repr, AMP_DTYPES))}, got {name!r}.")
+    check_choice('amp', name, AMP_DTYPES)
     if name in (None, 'float32'):
         return None
     if device.type == 'cpu' and (name == 'float16' or not mkldnn_has_bfloat16()):
@@ -72,6 +105,12 @@ def autocast(device: torch.device, amp_dtype: Optional[torch.dtype]) -> Abstract
     return nullcontext() if amp_dtype is None else torch.autocast(device.type, dtype=amp_dtype)
 
 
+def precision(model: nn.Module, amp_dtype: Optional[torch.dtype]) -> str:
+    """Name of the dtype that a model computes in: of autocast, or of its weights."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(amp_dtype or next(dtypes, torch.float32)).removeprefix('torch.')
+
+
 def view_data_config(model: nn.Module, tta: Optional[str] = None) -> Dict[str, Any]:
     """Preprocessing of the images that `predict_logits` is to be given.
 
@@ -85,8 +124,7 @@ def view_data_config(model: nn.Module, tta: Optional[str] = None) -> Dict[str, A
     Raises:
         ValueError: If there is no such `tta`.
     """
-    if tta is not None and tta not in TTA:
-        raise ValueError(f"'tta' must be one of {', '.join(map(repr, TTA))}, got {tta!r}.")
+    check_choice('tta', tta, TTA)
     config = resolve_input_data_config(unwrap_model(model))
     if tta == 'crops':
         channels, *size = config['input_size']

@@ -4,12 +4,14 @@ import difflib
 import logging
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
@@ -17,11 +19,12 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..hub.checkpoint import load_trained
-from ..hub.labels import ordered_names
+from ..hub.folder import best_checkpoint
+from ..hub.labels import given_names, ordered_names
 from ..models import BilinearCNN
 from ..models.download import UnavailableError, describe
 
-__all__ = ['label_descriptions', 'label_names', 'load', 'model_name', 'resolve_device']
+__all__ = ['label_descriptions', 'label_names', 'left_as_it_was', 'load', 'model_name', 'resolve_device']
 
 _logger = logging.getLogger(__name__)
 
@@ -59,10 +62,25 @@ def _check_registered(name: str):
         raise ValueError(f"timm has no pretrained weights for '{name}'.")
 
 
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Context in which the Hub's client goes by its cache if nothing answers, which it tries for half a minute else."""
+    was_offline = constants.HF_HUB_OFFLINE
+    try:
+        if not was_offline:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError):
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
 def _create(name: str) -> nn.Module:
     """Create a model of the Hub or of timm's registry with its weights."""
     try:
-        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
+        with _offline_if_unreachable(), torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
             return timm.create_model(name, pretrained=True)
     except UnavailableError as e:  # of a bilinear CNN, and one sentence already
         raise OSError(str(e).replace(', or create the model with pretrained=False', '')) from e
@@ -78,32 +96,9 @@ def _create(name: str) -> nn.Module:
         raise ValueError(f"Could not load '{name}': {reason}.") from e
 
 
-def _unfinished_checkpoint(folder: Path) -> Optional[Path]:
-    """The best checkpoint so far of a run without a result yet."""
-    names = ('checkpoints/model_best.pth.tar', 'checkpoints/last.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _load_path(path: Path) -> Tuple[nn.Module, Optional[List[str]]]:
+def _load_path(path: str) -> Tuple[nn.Module, Optional[List[str]]]:
     """Model of a folder or of a checkpoint file, and its label names."""
-    if path.is_dir() and not (path / 'config.json').is_file():
-        checkpoint = _unfinished_checkpoint(path)
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"'{path}' is no folder of a model: it has neither a config.json nor checkpoints of a run."
-            )
-        _logger.warning(f"'{path}' is a run that has not ended: taking its best so far, '{checkpoint}'.")
-        path = checkpoint
-    elif path.is_dir():
-        weights = [p for pattern in ('*.safetensors', '*.bin', '*.pth') for p in path.glob(pattern)]
-        if not weights:
-            raise FileNotFoundError(f"'{path}' has no weights beside its config.json (model.safetensors).")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            trained = load_trained(path)
-    except (RuntimeError, KeyError, AttributeError, AssertionError) as e:
-        reason = ' '.join(str(e).split())[:300] or type(e).__name__
-        raise ValueError(f"'{path}' cannot be loaded: {reason}") from e
+    trained = load_trained(path)
     model = trained.model
     if trained.data_config:
         model.pretrained_cfg = dict(model.pretrained_cfg, **trained.data_config)
@@ -132,15 +127,16 @@ def resolve_device(device: Optional[Union[str, torch.device]] = None) -> torch.d
     try:
         found = torch.device(device)
         torch.empty(1, device=found).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"There is no device '{device}' here ({str(e).strip().splitlines()[0].rstrip('.')}).") from e
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        reason = 'it must be a name' if isinstance(e, TypeError) else str(e).strip().splitlines()[0].rstrip('.')
+        raise ValueError(f"'device': there is no device '{device}' here ({reason}).") from e
     return found
 
 
 def load(
     model: Union[str, Path, nn.Module],
     device: Optional[Union[str, torch.device]] = None,
-    label_names: Optional[Sequence[str]] = None,
+    label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None,
 ) -> nn.Module:
     """Load a trained model, ready for inference.
 
@@ -152,7 +148,7 @@ def load(
             with a warning), checkpoint file of `finetune` or of timm's train script, 'hf-hub:OWNER/NAME',
             'local-dir:DIR', name of a model with pretrained weights in timm, or a module, which is used as it is.
         device: Device to put it on; None for a GPU if there is one, and for where a given module is.
-        label_names: Class names in the order of the logits, instead of its own.
+        label_names: Class names in the order of the logits, {index: name}, or a file of them, instead of its own.
 
     Returns:
         The model in eval mode, float32 if it was loaded, with channels-last weights.
@@ -161,10 +157,10 @@ def load(
         FileNotFoundError: If a path is not there, or there is no model in it.
         OSError: If files cannot be read, or the Hub does not give the weights.
         ValueError: If a name is unknown, weights are damaged or missing, or `label_names` are not as many as classes.
-        TypeError: If `model` is something else.
+        TypeError: If `model` is something else, or `label_names` are.
     """
     target = None if device is None and isinstance(model, nn.Module) else resolve_device(device)
-    names = None if label_names is None else [str(name) for name in label_names]
+    names = given_names(label_names)
     if isinstance(model, nn.Module):
         net, found = model, None
     elif isinstance(model, (str, os.PathLike)):
@@ -173,10 +169,9 @@ def load(
         raise TypeError(f"'model' must be a name, a path or a module, got {type(model).__name__}.")
     inner = unwrap_model(net)
     num_classes = getattr(inner, 'num_classes', None)
-    if names is not None and num_classes is not None and len(names) != num_classes:
-        raise ValueError(f"'label_names' must name {num_classes} classes, got {len(names)} names.")
+    names = None if names is None else given_names(names, len(names) if num_classes is None else num_classes)
     if names is not None or found:
-        cfg = dict(getattr(inner, 'pretrained_cfg', None) or {}, label_names=names or list(found))
+        cfg = dict(getattr(inner, 'pretrained_cfg', None) or {}, label_names=found if names is None else names)
         if names is not None:
             cfg.pop('label_descriptions', None)
         inner.pretrained_cfg = cfg
@@ -185,16 +180,29 @@ def load(
     return net.eval()
 
 
+@contextmanager
+def left_as_it_was(model: Any) -> Iterator[None]:
+    """Context after which a user's module has its modes, train or eval, and its label names as before."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    attributes = vars(unwrap_model(model)) if modules else {}
+    cfg = {key: attributes[key] for key in ('pretrained_cfg',) if key in attributes}
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+        attributes.pop('pretrained_cfg', None)
+        attributes.update(cfg)
+
+
 def _load_name(name: str) -> Tuple[nn.Module, Optional[List[str]]]:
     if not name.strip():
         raise ValueError("'model' must be a name or a path, got an empty one.")
     source, colon, place = name.partition(':')
     source = source.lower().replace('_', '-')
     if colon and source == 'local-dir':
-        path = Path(place).expanduser()
-        if not path.is_dir():
-            raise FileNotFoundError(f"There is no folder '{place}'.")
-        return _load_path(path)
+        return _load_path(name)
     if colon and source == 'hf-hub':
         if not re.fullmatch(r'[^/@\s]+/[^/@\s]+(@[^@\s]+)?', place):
             raise ValueError(f"A model of the Hugging Face Hub is 'hf-hub:OWNER/NAME' or ...@REVISION, got '{name}'.")
@@ -205,7 +213,7 @@ def _load_name(name: str) -> Tuple[nn.Module, Optional[List[str]]]:
     path = Path(name).expanduser()
     is_registered = is_model(split_model_name_tag(name)[0]) and os.sep not in name
     if path.is_file() or (path.is_dir() and not (is_registered and not _holds_model(path))):
-        return _load_path(path)
+        return _load_path(name)
     if _is_path(name) or name.count('/') > 1 or name.startswith('/'):
         raise FileNotFoundError(f"There is no model '{name}': no such file or folder.")
     _check_registered(name)
@@ -215,7 +223,7 @@ def _load_name(name: str) -> Tuple[nn.Module, Optional[List[str]]]:
 
 
 def _holds_model(folder: Path) -> bool:
-    return (folder / 'config.json').is_file() or _unfinished_checkpoint(folder) is not None
+    return (folder / 'config.json').is_file() or best_checkpoint(folder) is not None
 
 
 def model_name(model: nn.Module) -> str:

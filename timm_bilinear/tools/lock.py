@@ -5,15 +5,32 @@ import os
 import platform
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Set, Union
+from typing import Dict, Iterator, Set, Union
 
-__all__ = ['LOCK_FILE', 'FolderLock']
+__all__ = ['LOCK_FILE', 'FolderLock', 'only_run']
 
 LOCK_FILE = '.lock'
 _FAR = 1 << 30  # Windows lets nobody read the bytes that are locked: those beyond the end are
 _held: Set[str] = set()  # the system's locks are between processes, not within one
 _guard = threading.Lock()
+_run = threading.Lock()
+
+
+@contextmanager
+def only_run() -> Iterator[None]:
+    """Within, no other thread of this process has a run: they would take numbers from the same random states.
+
+    Raises:
+        RuntimeError: If another has one.
+    """
+    if not _run.acquire(blocking=False):
+        raise RuntimeError('Another run goes on in this process, whose random states it needs: start a new process.')
+    try:
+        yield
+    finally:
+        _run.release()
 
 
 def _try_lock(fd: int) -> bool:

@@ -1,7 +1,9 @@
 """The network of a run: made, started from weights, tried out, kept in a checkpoint and made again from it."""
 
 import copy
+import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -25,13 +27,41 @@ def _one_line(e: BaseException) -> str:
     return ' '.join(str(e).split()).rstrip('.') or type(e).__name__
 
 
+def _damage(file: Path, error: Exception) -> str:
+    """What is wrong with a file of weights, which its reader says in words for programmers."""
+    with file.open('rb') as f:
+        start = f.read(2)
+    objects = re.search(r'Unsupported globals: (.*?)\. ', str(error))
+    if not start:
+        return 'it is empty'
+    if isinstance(error, (AttributeError, TypeError)):
+        return 'it holds no tensors by name'
+    if file.suffix == '.safetensors':
+        return 'it is cut off, or no file of safetensors'
+    if objects is not None:
+        return f'it holds more than tensors ({objects[1]}), which is not loaded'
+    if start == b'PK' or start[:1] == b'\x80':  # zip files and pickles
+        return 'it is cut off, damaged, or holds no tensors by name'
+    return 'it is no file of torch.save; those of safetensors end in .safetensors'
+
+
+def _misfit(error: Exception) -> str:
+    """What of weights does not fit, of the error of who loads them, without what is for who calls timm."""
+    text = re.sub(r'^The checkpoint does not fit this \w+: | \(The checkpoint was taken .*', '', _one_line(error))
+    return textwrap.shorten(text.rstrip('.'), 400, placeholder=' ...')
+
+
 def _count_classes(file: Path, classifiers: Tuple[str, ...]) -> Optional[int]:
     """Number of classes of the weights in a file, None if its classifier has none of the names."""
     try:
+        if file.stat().st_size == 0:
+            raise EOFError
         state_dict = load_state_dict(str(file))
         shapes = {key.removeprefix('module.'): value.shape for key, value in state_dict.items()}
+        if not shapes:
+            raise TypeError
     except Exception as e:  # safetensors, pickle and zip files each have errors of their own
-        raise ValueError(f"'weights': '{file}' is no file of weights that can be read ({_one_line(e)}).") from e
+        raise ValueError(f"'weights': '{file}' cannot be read as weights: {_damage(file, e)}.") from e
     return next((shapes[name][0] for name in classifiers if len(shapes.get(name, ())) == 2), None)
 
 
@@ -82,15 +112,32 @@ def create_network(settings: Settings, num_classes: int) -> Tuple[nn.Module, Dic
         overlay = None
         if weights is not None:
             classifier = args['pretrained_cfg'].get('classifier')
-            classifiers = _CLASSIFIERS if is_bilinear else (f'{classifier}.weight',)
+            own = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+            classifiers = _CLASSIFIERS if is_bilinear else tuple(f'{name}.weight' for name in own)
             classes = _count_classes(weights, classifiers)
             overlay = dict(file=str(weights), source=None, url=None, hf_hub_id=None, state_dict=None)
             overlay.update({} if classes is None else dict(num_classes=classes))
         args['num_classes'] = num_classes  # a saved model has its own among its arguments
         name = args.pop('model_name')
-        net = timm.create_model(name, pretrained=settings.from_weights, pretrained_cfg_overlay=overlay, **args)
+        try:
+            net = timm.create_model(name, pretrained=settings.from_weights, pretrained_cfg_overlay=overlay, **args)
+        except (*_MISFITS, RuntimeError, TypeError, ValueError) as e:
+            if weights is None:
+                raise
+            timm.create_model(name, pretrained=False, **args)  # if this fails too, it is not the weights
+            raise ValueError(f"'weights': '{weights}' does not fit {settings.model}: {_misfit(e)}.") from e
     except _MISFITS as e:
         raise ValueError(f"'model': {settings.model!r} cannot be made with these arguments ({_one_line(e)}).") from e
+    if weights is not None and not is_bilinear:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed() + 1)
+            again = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **args).state_dict()
+        # timm starts with random numbers where a file has nothing, which differ then
+        fresh = [key for key, value in net.state_dict().items() if not torch.equal(value, again[key])]
+        missing = [key for key in fresh if not key.startswith(tuple(f'{name}.' for name in own))]
+        if missing:
+            told = textwrap.shorten(', '.join(missing), 400, placeholder=' ...')
+            raise ValueError(f"'weights': '{weights}' does not fit {settings.model}: it has no {told}.")
     if weights is not None:
         net.pretrained_cfg['file'] = None
     return net, args

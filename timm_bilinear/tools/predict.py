@@ -2,9 +2,8 @@
 
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import torch
 from PIL import Image
@@ -12,50 +11,56 @@ from timm.utils import unwrap_model
 from torch import nn
 from tqdm import tqdm
 
-from .inference import AMP_DTYPES, TTA, load, model_name, resolve_amp_dtype, resolve_device, view_data_config
+from .inference import (
+    AMP_DTYPES,
+    TTA,
+    check_choice,
+    left_as_it_was,
+    load,
+    model_name,
+    precision,
+    resolve_amp_dtype,
+    resolve_device,
+    view_data_config,
+    whole_number,
+)
 from .prediction import find_sources, iterate_predictions
 from .prediction_files import check_targets, open_writers, printable
 
 __all__ = ['predict', 'run_predict']
 
 
-def _check_arguments(topk: int, batch_size: int, workers: Optional[int], amp: Optional[str], tta: Optional[str]):
+def _check_arguments(
+    topk: int, batch_size: int, workers: Optional[int], amp: Optional[str], tta: Optional[str], device: Any
+) -> Dict[str, Any]:
     """Check what a user gives, before a model is loaded.
 
+    Returns:
+        Arguments for `iterate_predictions`.
+
     Raises:
-        TypeError: If one is no whole number.
-        ValueError: If one is too small, or a word is none of those possible, by name.
+        TypeError: If a number is none, by name.
+        ValueError: If one is too small, a word is none of those possible, or there is no such device, by name.
     """
-    for name, value, least in (('topk', topk, 1), ('batch_size', batch_size, 1), ('workers', workers, 0)):
-        if name == 'workers' and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"'{name}' must be a whole number, got {value!r}.")
-        if value < least:
-            raise ValueError(f"'{name}' must be at least {least}, got {value}.")
-    for name, word, words in (('amp', amp, AMP_DTYPES), ('tta', tta, TTA)):
-        if word is not None and word not in words:
-            raise ValueError(f"'{name}' must be one of {', '.join(map(repr, words))}, got {word!r}.")
-
-
-@contextmanager
-def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Context after which a user's module has its modes, train or eval, and its label names as before."""
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
-    inner = unwrap_model(model) if modes else None
-    cfg = getattr(inner, 'pretrained_cfg', None)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if cfg is not None:
-            inner.pretrained_cfg = cfg
+    check_choice('amp', amp, AMP_DTYPES)
+    check_choice('tta', tta, TTA)
+    if device is not None:
+        resolve_device(device)
+    workers = None if workers is None else whole_number('workers', workers, 0)
+    topk, batch_size = whole_number('topk', topk, 1), whole_number('batch_size', batch_size, 1)
+    return dict(topk=topk, batch_size=batch_size, workers=workers, amp=amp, tta=tta)
 
 
 def _show_progress(results: Iterable, total: Optional[int], progress: bool = True) -> Iterable:
     """Results with a bar on stderr, on a terminal, once they take more than two seconds."""
-    return tqdm(results, 'Predicting', total, unit='img', delay=2, disable=None if progress else True)
+    is_hidden = not progress or sys.stderr is None
+    return tqdm(results, 'Predicting', total, unit='img', delay=2, disable=True if is_hidden else None)
+
+
+def _say(text: str):
+    """Print to stderr, where there is one."""
+    if sys.stderr is not None:
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def predict(
@@ -66,7 +71,7 @@ def predict(
     workers: Optional[int] = None,
     amp: Optional[str] = 'auto',
     device: Optional[Union[str, torch.device]] = None,
-    label_names: Optional[Sequence[str]] = None,
+    label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None,
     tta: Optional[str] = None,
     progress: bool = False,
 ) -> List[Dict[str, Any]]:
@@ -84,7 +89,7 @@ def predict(
         workers: Threads that decode images, by the cores if None; 0 decodes between the batches.
         amp: 'auto' for bfloat16 where the hardware has it, 'bfloat16', 'float16' or 'float32'.
         device: Device to compute on; None for a GPU if there is one, and for where a given module is.
-        label_names: Class names in the order of the logits, instead of the model's.
+        label_names: Class names in the order of the logits, {index: name}, or a file of them, instead of the model's.
         tta: Mean of the probabilities of an image and its mirror image ('flip') or of five crops ('crops').
         progress: Show a bar on stderr if it takes more than some seconds.
 
@@ -93,20 +98,18 @@ def predict(
         prediction; 'predictions', most probable first: 'name', 'index' and 'probability' (softmax, within 0 to 1).
 
     Raises:
-        TypeError: If something that is no image is among the images, or a number is none.
+        TypeError: If something that is no image is among the images, a number is none, or label names are none.
         ValueError: If an argument is wrong, or the model has no classifier.
         OSError: If the model cannot be loaded.
         RuntimeError: If memory does not suffice for the batch.
     """
-    _check_arguments(topk, batch_size, workers, amp, tta)
-    if device is not None:
-        resolve_device(device)
+    options = _check_arguments(topk, batch_size, workers, amp, tta, device)
     sources = find_sources(images)
     if isinstance(images, (str, os.PathLike, list, tuple)):
         sources = list(sources)  # paths are checked before the model is loaded
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         net = load(model, device, label_names)
-        results = iterate_predictions(net, sources, topk, batch_size, workers, amp, tta)
+        results = iterate_predictions(net, sources, **options)
         total = len(sources) if isinstance(sources, list) else None
         return list(_show_progress(results, total, progress))
 
@@ -121,7 +124,7 @@ def run_predict(
     workers: Optional[int] = None,
     amp: Optional[str] = 'auto',
     device: Optional[str] = None,
-    label_names: Optional[Sequence[str]] = None,
+    label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None,
     tta: Optional[str] = None,
 ) -> int:
     """Predict, and print the results or write them to files, image by image.
@@ -139,27 +142,25 @@ def run_predict(
 
     Raises:
         OSError, RuntimeError, TypeError, ValueError: As for `predict`, and if a file cannot be written.
+        KeyboardInterrupt: If it is stopped; files are as they were, and the message says so.
     """
-    _check_arguments(topk, batch_size, workers, amp, tta)
+    options = _check_arguments(topk, batch_size, workers, amp, tta, device)
     check_targets(json, csv)
-    if device is not None:
-        resolve_device(device)
     sources = list(find_sources(images))
     if not sources:
         raise ValueError("'images' are empty: name at least one file, folder or pattern.")
     net = load(model, device, label_names)
     where = next((p.device for p in net.parameters()), torch.device('cpu'))
-    dtype = str(resolve_amp_dtype(amp, where) or torch.float32).removeprefix('torch.')
-    amp = 'float32' if dtype == 'float32' else amp  # what is missing is said once
+    amp_dtype = resolve_amp_dtype(amp, where)
+    options['amp'] = amp if amp_dtype else None  # what is missing is said once
     _, height, width = view_data_config(net)['input_size']
     classes = getattr(unwrap_model(net), 'num_classes', '?')
-    print(
-        f'{model_name(net)} ({classes} classes, {height} x {width} pixels) on {where.type} in {dtype},'
-        f' {len(sources)} image{"s" * (len(sources) != 1)}',
-        file=sys.stderr,
+    _say(
+        f'{model_name(net)} ({classes} classes, {height} x {width} pixels) on {where.type} in'
+        f' {precision(net, amp_dtype)}, {len(sources)} image{"s" * (len(sources) != 1)}'
     )
     failed = 0
-    results = _show_progress(iterate_predictions(net, sources, topk, batch_size, workers, amp, tta), len(sources))
+    results = _show_progress(iterate_predictions(net, sources, **options), len(sources))
     try:
         with open_writers(json, csv) as writers:
             for result in results:
@@ -168,11 +169,15 @@ def run_predict(
                 if result['error'] is not None:
                     failed += 1
                     name = '' if result['image'] in result['error'] else f'{result["image"]}: '
-                    tqdm.write(printable(f'timm-bilinear: error: {name}{result["error"]}'), file=sys.stderr)
-        sys.stdout.flush()
+                    _say(f'timm-bilinear: error: {name}{result["error"]}')
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # who reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if failed:
-        print(f'timm-bilinear: error: {failed} of {len(sources)} images have no prediction.', file=sys.stderr)
+        _say(
+            f'timm-bilinear: error: {failed} of {len(sources)} image{"s" * (len(sources) != 1)}'
+            f' {"has" if failed == 1 else "have"} no prediction.'
+        )
     return 1 if failed else 0

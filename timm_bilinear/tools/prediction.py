@@ -20,16 +20,13 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..data.images import find_images, image_extensions, open_image
-from ..data.loader import default_workers
+from ..data.loader import default_workers, draft_size
 from ..models.image_modes import IMG_MODES
 from .inference import batch_logits, label_descriptions, resolve_amp_dtype, view_data_config
 
 __all__ = ['Source', 'find_sources', 'iterate_predictions']
 
 _logger = logging.getLogger(__name__)
-
-# A JPEG is decoded no smaller than this many times what it is then resized to: the resampling filter still decides.
-_DRAFT_MARGIN = 2
 
 
 class Source(NamedTuple):
@@ -120,7 +117,7 @@ def find_sources(images: Any) -> Iterator[Source]:
 _in_memory = threading.Lock()  # an image that is given twice is not for two threads at once
 
 
-def _decode(source: Source, transform: Callable, mode: str, min_size: int) -> _Decoded:
+def _decode(source: Source, transform: Callable, mode: str, min_size: Optional[int]) -> _Decoded:
     """Read an image, in any thread; what is wrong with it is no matter of the others."""
     if source.error is not None:
         return _Decoded(source.name, None, source.error)
@@ -149,10 +146,6 @@ def _ahead(sources: Iterable[Source], decode: Callable, workers: int, depth: int
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _draft_size(config: Dict[str, Any]) -> int:
-    return int(_DRAFT_MARGIN * max(config['input_size'][1:]) / min(config['crop_pct'], 1.0)) + 1
 
 
 def _normalise(images: torch.Tensor, config: Dict[str, Any]) -> torch.Tensor:
@@ -203,7 +196,7 @@ def iterate_predictions(
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
     amp_dtype = resolve_amp_dtype(amp, device)
     transform = create_transform(**config, is_training=False, normalize=False)
-    decode = partial(_decode, transform=transform, mode=IMG_MODES[channels], min_size=_draft_size(config))
+    decode = partial(_decode, transform=transform, mode=IMG_MODES[channels], min_size=draft_size(config))
     names = label_descriptions(net)
     image_extensions()  # Pillow's readers are imported here, not by several threads
     workers = default_workers(device) if workers is None else workers

@@ -5,9 +5,12 @@ import errno
 import json
 import os
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO
+
+from ..hub.partial import partial_path
+from .interrupt import Interrupted, Terminated
 
 __all__ = ['check_targets', 'open_writers', 'printable']
 
@@ -22,8 +25,13 @@ def _plain(text: str) -> str:
 def printable(text: str) -> str:
     """Text on one line, for a terminal that may not have all of its characters."""
     text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in _plain(text))
-    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
-    return text.encode(encoding, 'backslashreplace').decode(encoding)
+    return _encodable(text, sys.stdout)
+
+
+def _encodable(text: str, f: Optional[TextIO]) -> str:
+    """Text with all characters that a file's encoding lacks written out."""
+    encoding = getattr(f, 'encoding', None) or 'utf-8'
+    return _plain(text).encode(encoding, 'backslashreplace').decode(encoding)
 
 
 @contextmanager
@@ -37,12 +45,35 @@ def _full_disk_named(target: str) -> Iterator[None]:
         raise
 
 
+def _descriptor(target: str) -> Optional[int]:
+    """Open descriptor of this process that a target is, as '/dev/stdout' may be; '-' is stdout."""
+    if target == '-':
+        return 1
+    name = Path(target).name
+    standard = [fd for fd, stream in ((1, sys.stdout), (2, sys.stderr)) if stream is not None]
+    for fd in (*standard, *([int(name)] if name.isdecimal() and len(name) < 5 else [])):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(target), os.fstat(fd)):
+                return fd
+    return None
+
+
+def _is_file(target: str) -> bool:
+    """Whether a target is a file that gets its name once it is whole, not what is written at once."""
+    return _descriptor(target) is None and (not Path(target).exists() or Path(target).is_file())
+
+
 @contextmanager
 def _opened(target: str) -> Iterator[TextIO]:
     """File to write, which gets its name once it is whole; '-' is stdout, and what is no file is written at once."""
-    if target == '-':
+    descriptor = _descriptor(target)
+    if descriptor == 1:
         yield sys.stdout
         sys.stdout.flush()
+        return
+    if descriptor is not None:
+        with open(os.dup(descriptor), 'w', encoding='utf-8', newline='') as f:
+            yield f
         return
     path = Path(target)
     if path.exists() and not path.is_file():  # a pipe, a device
@@ -50,13 +81,10 @@ def _opened(target: str) -> Iterator[TextIO]:
             yield f
         return
     path = path.resolve()  # a link stays one
-    partial = path.with_name(f'.{path.name[:200]}.{os.getpid()}.partial')
-    try:
+    with partial_path(path.parent, f'.{path.name[:50]}.', '.partial') as partial:
         with partial.open('w', encoding='utf-8', newline='') as f:
             yield f
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -84,11 +112,11 @@ def _csv_writer(target: str) -> Iterator[Callable[[Dict[str, Any]], None]]:
         rows.writerow(_CSV_HEADER)
 
         def write(result: Dict[str, Any]):
-            image = _plain(result['image'])
+            image = _encodable(result['image'], f)
             if result['error'] is not None:
-                rows.writerow((image, _plain(result['error']), '', '', '', ''))
+                rows.writerow((image, _encodable(result['error'], f), '', '', '', ''))
             for rank, p in enumerate(result['predictions'], 1):
-                rows.writerow((image, '', rank, _plain(p['name']), p['index'], p['probability']))
+                rows.writerow((image, '', rank, _encodable(p['name'], f), p['index'], p['probability']))
 
         yield write
 
@@ -107,8 +135,11 @@ def check_targets(json_file: Optional[str], csv_file: Optional[str]):
     """
     targets = {'json': json_file, 'csv': csv_file}
     targets = {name: os.fspath(target) for name, target in targets.items() if target is not None}
+    descriptors = {name: _descriptor(target) for name, target in targets.items()}
+    if sys.stdout is None and (not targets or '-' in targets.values()):
+        raise OSError('Standard output is closed: name a file (--json FILE or --csv FILE).')
     for name, target in targets.items():
-        if target == '-':
+        if descriptors[name] is not None:
             continue
         path = Path(target)
         if not target or path.is_dir():
@@ -120,7 +151,9 @@ def check_targets(json_file: Optional[str], csv_file: Optional[str]):
         if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
             raise PermissionError(f"'{target}' cannot be written.")
     if len(targets) == 2:
-        first, second = (t if t == '-' else str(Path(t).resolve()) for t in targets.values())
+        first, second = (
+            str(Path(t).resolve()) if descriptors[name] is None else descriptors[name] for name, t in targets.items()
+        )
         if first == second:
             raise ValueError(f"'json' and 'csv' must not both be written to '{json_file}'.")
 
@@ -138,4 +171,9 @@ def open_writers(json_file: Optional[str], csv_file: Optional[str]) -> Iterator[
             if target is not None:
                 stack.enter_context(_full_disk_named(os.fspath(target)))
                 writers.append(stack.enter_context(writer(os.fspath(target))))
-        yield writers or [_write_line]
+        try:
+            yield writers or [_write_line]
+        except KeyboardInterrupt as e:
+            files = [os.fspath(t) for t in (json_file, csv_file) if t is not None and _is_file(os.fspath(t))]
+            kept = f': {" and ".join(map(repr, files))} {"are as they were" if files[1:] else "is as it was"}'
+            raise Interrupted(f'Stopped{kept if files else ""}.', 143 if isinstance(e, Terminated) else 130) from e

@@ -72,13 +72,17 @@ class RunLog:
         """
         if self.is_quiet:
             return
-        if self.log_format == 'json':
-            line = json.dumps(dict(event=event, **_finite(facts)) if facts else dict(event=event, text=text))
-            print(line, flush=True)
-        elif self.has_bars:
-            tqdm.write(text)
-        else:
-            print(text, flush=True)
+        try:
+            if self.log_format == 'json':
+                line = json.dumps(dict(event=event, **_finite(facts)) if facts else dict(event=event, text=text))
+                print(line, flush=True)
+            elif self.has_bars:
+                tqdm.write(text)
+                sys.stdout.flush()
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # who reads has seen enough, as `head` has: the run goes on
+            self.is_quiet = True
 
     def steps(self, loader: Iterable[Any], total: int, desc: str, figures: Dict[str, float]) -> Iterator[Any]:
         """The batches of a loader, with progress.

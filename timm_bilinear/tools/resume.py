@@ -14,6 +14,7 @@ __all__ = ['check_data', 'check_machine', 'dtype_name', 'resume_settings']
 
 # What only the stages depend on: two ways of saying the same stages are no difference.
 _RECIPE = ('stages', 'epochs', 'head_epochs', 'opt', 'lr', 'head_lr', 'weight_decay', 'freeze')
+_SIZES = ('img_size', 'train_size')
 
 
 def dtype_name(dtype: Optional[torch.dtype]) -> Optional[str]:
@@ -38,6 +39,21 @@ def _settings_of(args: Dict[str, Any]) -> Settings:
     return settings
 
 
+def _resolved(name: str, settings: Settings, data_config: Dict[str, Any]) -> Any:
+    """What a setting comes to where it was not given: in the stages of the recipe, or in the model's preprocessing."""
+    value = getattr(settings, name)
+    if name in _SIZES:
+        height, width = data_config['input_size'][1:]
+        return value or settings.img_size or (height if height == width else [height, width])
+    if name in ('stages', 'freeze') or (value is not None and settings.stages is None):
+        return value
+    stages = settings.resolve_stages()
+    if name in ('epochs', 'head_epochs'):
+        return sum(stage.epochs for stage in stages if (stage.lr == 0.0) == (name == 'head_epochs'))
+    values = [getattr(stage, name) for stage in stages if stage.lr > 0 or name in ('opt', 'head_lr')]
+    return values[0] if values and values == values[:1] * len(values) else values or None
+
+
 def _refuse(name: str, here: Any, there: Any, output: Optional[str]) -> None:
     raise ValueError(
         f"'{name}' is {here!r} here and {there!r} in the run that is to be resumed in '{output}': leave it out, or"
@@ -45,13 +61,16 @@ def _refuse(name: str, here: Any, there: Any, output: Optional[str]) -> None:
     )
 
 
-def resume_settings(given: Settings, args: Dict[str, Any], device: torch.device) -> Settings:
+def resume_settings(
+    given: Settings, args: Dict[str, Any], device: torch.device, data_config: Dict[str, Any]
+) -> Settings:
     """Settings of a resumed run: those of the run, and of what was given now that which does not change the result.
 
     Args:
         given: What was given now.
         args: What the run's checkpoint has as its arguments.
         device: Device to train on.
+        data_config: The preprocessing that its checkpoint has.
 
     Returns:
         Settings to go on with.
@@ -69,8 +88,9 @@ def resume_settings(given: Settings, args: Dict[str, Any], device: torch.device)
     for name in sorted(given.given - set(FREE_ON_RESUME)):
         value, there = here[name], args[name]
         if name in _RECIPE:
-            if not same_stages and recipe[name] != getattr(run, name):
-                shown = (value, there) if name == 'stages' else (recipe[name], getattr(run, name))
+            resolved = _resolved(name, run, data_config)
+            if not same_stages and recipe[name] not in (getattr(run, name), resolved):
+                shown = (value, there) if name == 'stages' else (recipe[name], resolved)
                 _refuse(name, *shown, given.output)
         elif name == 'train_aug':
             for key in given.train_aug or {}:
@@ -80,6 +100,10 @@ def resume_settings(given: Settings, args: Dict[str, Any], device: torch.device)
             resolved = dtype_name(resolve_amp_dtype(value, device))
             if resolved != there:
                 _refuse(name, value, there or 'float32', given.output)
+        elif name in _SIZES:
+            here_size, there_size = (_resolved(name, each, data_config) for each in (given, run))
+            if here_size != there_size:
+                _refuse(name, here_size, there_size, given.output)
         elif name == 'model_kwargs':
             if (value or {}) != (there or {}):
                 _refuse(name, value, there, given.output)

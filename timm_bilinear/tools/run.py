@@ -5,6 +5,7 @@ The other files are derived from it, and are made anew when a run is resumed: at
 leaves is the state after some epoch.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -13,26 +14,35 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, Optional, Union
+from typing import Any, BinaryIO, Callable, Dict, List, Optional, Set, Union
 
 import torch
 import yaml
 
+from ..data.images import is_hidden
+from ..data.scan import SPLITS, find_splits
 from .lock import FolderLock
+from .remedies import cannot_write
 
-__all__ = ['FEATURES', 'TRIAL', 'RunFolder', 'best_epoch', 'write_whole']
+__all__ = ['FEATURES', 'TRIAL', 'RunFolder', 'best_epoch', 'check_place', 'write_whole']
 
 _FIELDS = ('epoch', 'train_loss', 'train_top1', 'eval_loss', 'eval_top1', 'lr', 'stage')
 _MODEL_FILES = ('config.json', 'model.safetensors', 'results.json', 'summary.csv', 'curves.png')
 FEATURES = 'features'  # folder of what the first stage keeps
-_FOLDERS = ('tensorboard', FEATURES)
+_EVENTS = 'tensorboard'
+_FOLDERS = {FEATURES: 'descriptors.*', _EVENTS: 'events.out.tfevents.*'}  # names of their files
 _PARTIAL = '.partial'  # end of the names of files that are being written
-TRIAL = '.trial'  # folder of the save that is tried before the first epoch
+TRIAL = '.finetune-trial'  # folder of the save that is tried before the first epoch
 
 
 def _is_unimportant(name: str) -> bool:
     """Whether a folder that holds this counts as empty: hidden files, and what file systems put into theirs."""
     return name.startswith('.') or name in ('lost+found', 'Thumbs.db', 'desktop.ini')
+
+
+def _partial(path: Path) -> Path:
+    """Name of a file while it is written."""
+    return path.with_name(f'.{path.name}{_PARTIAL}')
 
 
 def _sync_folder(folder: Path) -> None:
@@ -55,7 +65,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         OSError: If it cannot be written; the message names it, and the old one is left.
     """
-    partial = path.with_name(f'.{path.name}{_PARTIAL}')
+    partial = _partial(path)
     try:
         try:
             with partial.open('wb') as f:
@@ -85,6 +95,32 @@ def best_epoch(history: List[Dict[str, Any]]) -> int:
     return max(range(len(history)), key=key)
 
 
+def check_place(output: str, data_dir: Optional[str], of_classes: bool) -> None:
+    """Refuse an output within the data where it would be taken for a class, or for a part of one.
+
+    Args:
+        output: Folder of the run.
+        data_dir: Folder of images, or the name of a data set.
+        of_classes: Whether it may have class folders without a train folder around them.
+
+    Raises:
+        ValueError: If it lies there.
+    """
+    if data_dir is None or not os.path.isdir(data_dir):
+        return
+    folder, data = Path(output).resolve(), Path(data_dir).resolve()
+    if data not in folder.parents or any(map(is_hidden, folder.relative_to(data).parts)):
+        return
+    splits = {name: split.resolve() for name, split in find_splits(data).items()}
+    is_in_split = any(split in folder.parents for split in splits.values())
+    is_split = folder.parent == data and any(folder.name.lower() in names for names in SPLITS.values())
+    if is_in_split or is_split or (of_classes and 'train' not in splits):
+        what = 'split' if is_split else 'class'
+        raise ValueError(
+            f"The output '{output}' must not lie inside the data '{data_dir}': it would be taken for a {what}."
+        )
+
+
 class RunFolder:
     """Folder of a run, locked while it is open.
 
@@ -97,7 +133,7 @@ class RunFolder:
         FileExistsError: If it holds something and neither `resume` nor `overwrite` is set, or it is no folder.
         FileNotFoundError: If it holds no run to resume, but other files.
         RuntimeError: If another process writes to it.
-        OSError: If it cannot be made.
+        OSError: If it cannot be made or written to.
         ValueError: If the checkpoint to resume from is damaged.
     """
 
@@ -106,37 +142,58 @@ class RunFolder:
         self.checkpoints = self.path / 'checkpoints'
         self.last = self.checkpoints / 'last.pth.tar'
         self.best = self.checkpoints / 'model_best.pth.tar'
+        self.saved_epochs = 0
+        self.checkpoint: Optional[Dict[str, Any]] = None
+        self._best_written: Optional[int] = None
+        self._to_replace = overwrite
+        self._made: List[Path] = []
+        self._lock: Optional[FolderLock] = None
+        try:
+            self._make()
+            self._lock = FolderLock(self.path)
+            self._look(resume, overwrite)
+        except BaseException as e:
+            self.close()
+            if isinstance(e, OSError) and e.errno is not None:  # the system's, not a sentence of ours
+                raise cannot_write(str(output), 'be written to', e) from e
+            raise
+
+    def _make(self) -> None:
         if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
             what = 'a file' if self.path.exists() else 'a link to nothing'
             raise FileExistsError(f"'{self.path}' is {what}, not a folder.")
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        self.saved_epochs = 0
-        self.checkpoint: Optional[Dict[str, Any]] = None
-        self._best_written: Optional[int] = None
-        self._to_replace = False
+
+    def _is_cut_off(self, present: Set[str]) -> bool:
+        """Whether these are the files of a run that has no checkpoint yet, and of nobody else."""
+        if not present <= {'args.yaml', 'checkpoints', *_FOLDERS}:
+            return False
+        for folder, pattern in ((self.checkpoints, None), *((self.path / k, v) for k, v in _FOLDERS.items())):
+            if not folder.is_dir():
+                if folder.name in present:
+                    return False
+                continue
+            known = set(folder.glob(pattern)) if pattern else set()
+            if any(p not in known or not p.is_file() for p in folder.iterdir() if not _is_unimportant(p.name)):
+                return False
+        return present <= {'checkpoints'} or self._has_args()
+
+    def _has_args(self) -> bool:
+        """Whether args.yaml is that of a run of this version."""
         try:
-            self._lock = FolderLock(self.path)
-        except BaseException:
-            self._remove_made()
-            raise
-        try:
-            self._look(resume, overwrite)
-        except BaseException:
-            self.close()
-            raise
+            args = yaml.safe_load((self.path / 'args.yaml').read_text(encoding='utf-8'))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(args, dict) and {'fingerprint', 'given'} <= args.keys()
 
     def _look(self, resume: bool, overwrite: bool) -> None:
         """Find out what is there, and whether that is what is expected."""
         present = {p.name for p in self.path.iterdir() if not _is_unimportant(p.name)}
         has_run = self.last.is_file()
-        files = {p.name for p in self.checkpoints.iterdir()} if self.checkpoints.is_dir() else set()
-        # a run that was cut off before its first checkpoint: there is nothing to lose, and nothing to continue
-        files = {name for name in files if not _is_unimportant(name)} - {'tmp.pth.tar'}
-        is_new = not files and present <= {'args.yaml', 'checkpoints', *_FOLDERS}
-        if is_new or (overwrite and has_run):
-            self._to_replace = True
-        elif resume and has_run:
+        if (overwrite and has_run) or self._is_cut_off(present):
+            return
+        if resume and has_run:
             self.checkpoint = self._read()
             self.saved_epochs = len(self.checkpoint['history'])
             self._remove_partial()
@@ -165,24 +222,26 @@ class RunFolder:
         return checkpoint
 
     def _remove_partial(self) -> None:
-        for folder in (self.path / TRIAL, *self.path.glob('.partial-*')):  # the latter of save_model
+        for folder in self.path.glob('.partial-[0-9]*'):  # of save_model
             shutil.rmtree(folder, ignore_errors=True)
-        for folder in (self.path, self.checkpoints):
-            for path in folder.glob(f'.*{_PARTIAL}'):
-                path.unlink(missing_ok=True)
+        for path in (*(self.path / name for name in ('args.yaml', *_MODEL_FILES)), self.best, self.last):
+            _partial(path).unlink(missing_ok=True)
 
     def start(self, args: Dict[str, Any]) -> None:
         """Begin a new run: what an old one left goes, and its arguments are written.
 
-        The old checkpoint goes last: a run that is removed in part is a run still.
+        Features of one that was cut off stay, unless it is to be overwritten: they say what they are of. The old
+        checkpoint goes last: a run that is removed in part is a run still.
         """
-        if self._to_replace:
+        if self._has_args() or self.last.is_file():
             self._remove_partial()
-            for path in (*(self.path / name for name in _MODEL_FILES), self.best, self.checkpoints / 'tmp.pth.tar'):
+            self._remove_files(_EVENTS)
+        if self._to_replace and self.last.is_file():
+            for path in (*(self.path / name for name in _MODEL_FILES), self.best):
                 path.unlink(missing_ok=True)
-            for name in _FOLDERS:
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            self.last.unlink(missing_ok=True)
+        if self._to_replace:
+            self.remove_features()
+        self.last.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self._write_args(args)
         self._made = []
@@ -237,21 +296,36 @@ class RunFolder:
         text = json.dumps(finite) + '\n'  # JSON has no nan
         write_whole(self.path / 'results.json', lambda f: f.write(text.encode()))
 
+    @property
+    def has_features(self) -> bool:
+        """Whether features are kept that a run can go on with."""
+        return any((self.path / FEATURES).glob('descriptors.*.json'))
+
     def remove_features(self) -> None:
-        shutil.rmtree(self.path / FEATURES, ignore_errors=True)
+        self._remove_files(FEATURES)
+
+    def _remove_files(self, name: str) -> None:
+        """Remove the files that a run writes into one of its folders, and the folder if nothing else is in it."""
+        for path in (self.path / name).glob(_FOLDERS[name]):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.path / name).rmdir()
 
     def _remove_made(self) -> None:
         """Leave no folder that was made for nothing."""
         for path in self._made:
             try:
                 path.rmdir()
+            except FileNotFoundError:  # it could not be made
+                continue
             except OSError:  # something is in it
                 return
 
     def close(self) -> None:
         """Let others write to the folder."""
-        shutil.rmtree(self.path / TRIAL, ignore_errors=True)
-        self._lock.release()
+        if self._lock is not None:
+            shutil.rmtree(self.path / TRIAL, ignore_errors=True)
+            self._lock.release()
         self._remove_made()
 
     def __enter__(self) -> 'RunFolder':

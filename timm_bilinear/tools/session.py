@@ -1,9 +1,7 @@
 """One run of `finetune`, from the checks to the results, as one of the processes that train together."""
 
 import copy
-import shlex
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, TypeVar, Union
 
@@ -16,27 +14,24 @@ from ..data.loader import create_loader
 from ..hub import save_model
 from ..models import BilinearCNN
 from ..models.image_modes import IMG_MODES
+from . import remedies
 from .distributed import Ranks, broadcast
 from .frozen import FrozenStage
-from .frozen_stages import create_frozen_stage, no_cache_reason
 from .inference import resolve_amp_dtype
 from .interrupt import Interrupted, Terminated
 from .network import check_network, create_network, describe_network, rebuild_network, try_out
 from .progress import RunLog, check_tensorboard, format_seconds
 from .resume import check_data, check_machine, dtype_name, resume_settings
-from .run import FEATURES, TRIAL, RunFolder, best_epoch
+from .run import TRIAL, RunFolder, best_epoch, check_place
 from .settings import Settings, Stage
+from .stages import create_stage, describe_stage, is_frozen
 from .start import count_images, describe_machine, say_start
 from .state import RunState
-from .training import ImageStage, check_optimizers, class_weights, evaluate
+from .training import ImageStage, check_augmentation, check_optimizers, class_weights, evaluate
 
 __all__ = ['Session']
 
 _Result = TypeVar('_Result')
-
-
-def _is_frozen(stage: Stage) -> bool:
-    return stage.lr == 0.0
 
 
 class Session:
@@ -92,7 +87,7 @@ class Session:
                 self._train_stage(number, stage)
             return self._finish()
         except KeyboardInterrupt as e:
-            raise Interrupted(self._interrupted(), 143 if isinstance(e, Terminated) else 130) from None
+            raise Interrupted(self._stopped(), 143 if isinstance(e, Terminated) else 130) from None
         except torch.OutOfMemoryError as e:
             raise RuntimeError(
                 f'{self.place}: {self.device} ran out of memory; a smaller --batch-size, --train-size or --img-size'
@@ -103,29 +98,33 @@ class Session:
             if self.folder is not None:
                 self.folder.close()
 
-    def _command(self) -> str:
-        return f'timm-bilinear finetune --output {shlex.quote(str(self.settings.output))} --resume'
+    def _stopped(self) -> str:
+        saved, has_features = len(self.history), False
+        if self.folder is not None:
+            saved, has_features = self.folder.saved_epochs, self.folder.has_features
+        return remedies.stopped(self.settings.output, saved, has_features, self.settings.overwrite)
 
-    def _interrupted(self) -> str:
-        saved = self.folder.saved_epochs if self.folder is not None else len(self.history)
-        if not saved:
-            return (
-                f"Stopped before the first epoch was saved in '{self.settings.output}': the same command starts anew."
-            )
-        epochs = '1 epoch is' if saved == 1 else f'{saved} epochs are'
-        return f"Stopped: {epochs} kept in '{self.settings.output}'; go on with `{self._command()}`."
+    def _try(self, do: Callable[[], None], what: str) -> None:
+        """Do what writes to the folder before the first epoch; its error names the folder and what to do."""
+        try:
+            do()
+        except OSError as e:
+            raise remedies.cannot_write(self.settings.output, what, e) from e
 
     def _open(self) -> None:
         """The folder, and what the run that is in it says."""
         settings = self.settings
 
         def open_folder() -> Optional[Dict[str, Any]]:
+            check_place(settings.output, settings.data_dir, of_classes=settings.val_fraction is not None)
             self.folder = RunFolder(settings.output, settings.resume, settings.overwrite)
             return self.folder.checkpoint
 
         self.checkpoint = self._first(open_folder)
         if self.checkpoint is not None:
-            self.settings = resume_settings(settings, self.checkpoint['args'], self.device)
+            self.settings = resume_settings(
+                settings, self.checkpoint['args'], self.device, self.checkpoint['data_config']
+            )
         elif settings.data_dir is None:
             what = 'no run to resume, and no data are' if settings.resume else 'no run, and no data are'
             raise ValueError(f"'{settings.output}' has {what} given to start one: 'data_dir' is missing.")
@@ -142,6 +141,7 @@ class Session:
         if settings.tensorboard:
             check_tensorboard()
         check_optimizers(self.stages)
+        check_augmentation(settings.augmentation())
         if self.checkpoint is None:
             check_network(settings)
         self.data = create_datasets(
@@ -167,7 +167,7 @@ class Session:
             self.net, args = create_network(settings, len(self.class_names))
             self.network = describe_network(self.net, args)
             self.data_config = resolve_input_data_config(self.net, dict(img_size=settings.img_size))
-        if not isinstance(self.net, BilinearCNN) and any(_is_frozen(stage) for stage in self.stages):
+        if not isinstance(self.net, BilinearCNN) and any(map(is_frozen, self.stages)):
             raise ValueError(
                 f"'model' must be a bilinear CNN for a stage with frozen streams, got {settings.model!r};"
                 ' with head_epochs=0 everything is trained at once.'
@@ -185,8 +185,8 @@ class Session:
                     f"'class_weights' wants images that can be counted, which '{settings.data_dir}' has not."
                 )
             self.class_weights = class_weights(targets, len(self.class_names))
-        trial = self.path / TRIAL
-        self._first(lambda: try_out(self.net, trial, self.class_names, self.data_config, settings.train_size))
+        trial = (self.path / TRIAL, self.class_names, self.data_config, settings.train_size)
+        self._first(lambda: self._try(lambda: try_out(self.net, *trial), 'hold the model'))
         self.loaders = {split: self._create_loader(split) for split in ('train', 'val')}
 
     def _create_loader(self, split: str):
@@ -219,61 +219,44 @@ class Session:
             given = sorted(settings.given - {'output', 'resume', 'overwrite'})
             self.args.update(amp_dtype=dtype_name(self.amp_dtype), given=given)
             self.args.update(fingerprint=self.data.fingerprint, images=count_images(self.data), **machine)
-            self._first(lambda: self.folder.start(self.args))
+            self._first(lambda: self._try(lambda: self.folder.start(self.args), 'be written to'))
         else:
             self.args = self.checkpoint['args']
             notes = check_machine(self.args, machine)
-            self._first(lambda: self.folder.restore(self.checkpoint))
+            self._first(lambda: self._write(lambda: self.folder.restore(self.checkpoint)))
         facts = dict(self.network, args=self.args, class_names=self.class_names, data_config=self.data_config)
         self.state = RunState(self.net, facts, self.checkpoint)
         if settings.tensorboard:
             self.log.open_tensorboard(self.path / 'tensorboard', len(self.history))
         say_start(self.log, machine, self.amp_dtype, self.data, settings.model, self.net)
-        if any(map(_is_frozen, self.stages)) and not settings.from_weights and self.checkpoint is None:
+        if any(map(is_frozen, self.stages)) and not settings.from_weights and self.checkpoint is None:
             self.log.say('warning', 'Warning: frozen streams that start from nothing have random features.')
         if notes:
             self.log.say('warning', f'The last digits may differ from a run in one go: {"; ".join(notes)}.')
         if self.history:
             self.log.say('resumed', f'Going on after epoch {len(self.history)}.', epochs=len(self.history))
 
-    def _uses_cache(self, stage: Stage, is_resumed: bool) -> bool:
-        """Whether a stage trains on descriptors that are computed once, rather than on images in every epoch."""
-        if is_resumed:  # as it began, though disks fill
-            return 'kind' in self.checkpoint['optimizer']
-        settings, splits = self.settings, self.data.splits
-        if not _is_frozen(stage) or settings.head_cache == 0:
-            return False
-        hflip, folder = settings.augmentation()['hflip'], self.path / FEATURES
-        check = partial(no_cache_reason, self.net, stage, splits, self.data_config, hflip, settings.head_cache, folder)
-        reason = self._first(check)
-        if reason is not None:
-            self.log.say('no_cache', f'{self.place}: images go through the streams in every epoch, as {reason}.')
-        return reason is None
-
     def _create_stage(self, stage: Stage, is_resumed: bool) -> Union[ImageStage, FrozenStage]:
-        settings = self.settings
-        common = dict(
+        trainer = create_stage(
+            self.settings,
+            stage,
+            self.net,
+            self.data,
+            self.loaders,
+            self.data_config,
+            place=self.place,
+            checkpoint=self.checkpoint,
+            is_resumed=is_resumed,
+            first=self._first,
             amp_dtype=self.amp_dtype,
-            smoothing=settings.smoothing,
+            smoothing=self.settings.smoothing,
             class_weights=self.class_weights,
             log=self.log,
             ranks=self.ranks,
         )
-        if not self._uses_cache(stage, is_resumed):
-            return ImageStage(self.net, stage, self.loaders, **common)
-        return create_frozen_stage(
-            self.net,
-            stage,
-            self.data.splits,
-            self.data_config,
-            self.path / FEATURES,
-            batch_size=settings.batch_size,
-            hflip=settings.augmentation()['hflip'],
-            seed=settings.seed,
-            fingerprint=self.data.fingerprint,
-            workers=settings.workers,
-            **common,
-        )
+        if isinstance(trainer, ImageStage):
+            self._first(lambda: self.folder.remove_features())  # of a run that was cut off, or while it removed them
+        return trainer
 
     def _is_over(self, number: int, stage: Stage) -> bool:
         """Whether a stage has had all its epochs, or so many without a better one that it ends."""
@@ -294,13 +277,13 @@ class Session:
         if done > 0:
             trainer.load_state_dict(self.checkpoint['optimizer'])
         trained = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
-        what = 'the streams frozen' if _is_frozen(stage) else 'everything trained'
         self.log.say(
             'stage',
-            f'{name}: {what}, {trained / 1e6:.2f} M parameters, epochs: {stage.epochs}, steps of each: {trainer.steps}',
+            f'{name}: {describe_stage(stage, trainer)}',
             stage=number,
             stages=len(self.stages),
             trained=trained,
+            features_kept=isinstance(trainer, FrozenStage),
             epochs=stage.epochs,
             steps=trainer.steps,
         )
@@ -325,22 +308,22 @@ class Session:
             text = f'{desc}: {step:.2g} s a step, {about}{format_seconds(left)} for the stage without validation'
             self.log.say('pace', text, seconds_per_step=step, seconds_left=left)
 
-        # order, augmentation and dropout depend on the epoch alone, so that a resumed run is the same
-        random_seed(
-            self.settings.seed, (epoch + 1) * ranks.world_size + ranks.rank if ranks.world_size > 1 else epoch + 1
-        )
+        # order, augmentation and dropout depend on the epoch alone, so that a resumed run is the same; processes that
+        # have images of their own drop out others of their features, those that all do the same the same
+        all_alike = ranks.world_size == 1 or isinstance(trainer, FrozenStage)
+        random_seed(self.settings.seed, epoch + 1 if all_alike else (epoch + 1) * ranks.world_size + ranks.rank)
         self.loaders['train'].set_epoch(epoch)
         try:
             train = trainer.train_epoch(done, desc, None if seconds else on_pace)
         except FloatingPointError as e:
-            remedy = self._remedy(stage) if 'loss' in str(e) else '--head-cache 0 does without.'
-            raise RuntimeError(f'{desc}: {e}; {remedy}') from e
+            raise RuntimeError(f'{desc}: {e}; {remedies.of_numbers(e, stage, self.amp_dtype)}') from e
         val = trainer.evaluate(f'{desc}, validating')
         seconds.append(time.monotonic() - began)
         row = dict(epoch=epoch, train_loss=train['loss'], train_top1=train['top1'])
         row.update(
             eval_loss=val['loss'], eval_top1=val['top1'], lr=trainer.optimizer.param_groups[0]['lr'], stage=number
         )
+        row = broadcast(row, ranks)  # what is decided by it is decided alike, though last digits may differ
         self.state.add(row, trainer)
         self._keep(trainer, self._is_over(number, stage))
         self.log.write_epoch(row)
@@ -354,14 +337,9 @@ class Session:
             **row,
         )
 
-    def _remedy(self, stage: Stage) -> str:
-        rates = '--head-lr' if _is_frozen(stage) else '--lr or --head-lr'
-        amp = '' if self.amp_dtype is None else ', or --amp float32,'
-        return f'a lower {rates}{amp} may help.'
-
     def _keep(self, trainer: Union[ImageStage, FrozenStage], is_over: bool) -> None:
         """Keep the state after an epoch, in a checkpoint if one is due: at the end of a stage there always is."""
-        if not self.state.is_due(trainer, is_over):
+        if not self._first(lambda: self.state.is_due(trainer, is_over)):  # by the clock of one
             return
         checkpoint = self.state.checkpoint(trainer)
         if self.folder is not None:
@@ -384,9 +362,10 @@ class Session:
         try:
             write()
         except OSError as e:
+            remedy = 'make room, then' if remedies.is_full(e) else 'when that is mended,'
             raise OSError(
                 f'{self.place}: {str(e).rstrip(".")}. Epochs that are kept: {self.folder.saved_epochs};'
-                f' make room, then `{self._command()}`.'
+                f' {remedy} `{remedies.resume_command(self.settings.output)}`.'
             ) from e
 
     def _write_results(self, metrics: Dict[str, Any]) -> None:

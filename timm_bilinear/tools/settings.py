@@ -5,10 +5,9 @@ Imports neither torch nor timm, so that the command's help is there at once.
 
 import os
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Tuple, Union
 
-from .options import check_value, option
+from .options import check_value, option, plain_value
 from .recipe import Stage, default_stages
 
 __all__ = ['FREE_ON_RESUME', 'Settings', 'Stage', 'TrainAug', 'default_stages']
@@ -167,7 +166,10 @@ class Settings:
     head_cache: float = field(
         default=8.0,
         metadata=option(
-            'GB of features kept for the epochs with frozen streams; 0: images anew in each', type=float, least=0
+            'GB of features kept for the epochs with frozen streams; 0: images anew in each, augmented',
+            type=float,
+            least=0,
+            infinite=True,
         ),
     )
     resume: bool = field(default=False, metadata=option('continue the run in --output, with its arguments', type=bool))
@@ -185,7 +187,7 @@ class Settings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> 'Settings':
-        """Settings of which some are given.
+        """Settings of which some are given, in values of Python, or of numpy and torch that say the same.
 
         Raises:
             TypeError: If a name is unknown, or a value has a wrong type.
@@ -195,11 +197,10 @@ class Settings:
         for name in given:
             if name not in known:
                 raise TypeError(f"There is no setting '{name}'; there are {', '.join(sorted(known))}.")
-        settings = cls(**given)
+        settings = cls(**plain_value(given))
         settings.given = frozenset(given)
-        for name in ('data_dir', 'data_root', 'output', 'weights', 'class_map', 'device'):
-            value = getattr(settings, name)
-            setattr(settings, name, None if value is None else str(value))
+        if isinstance(settings.stages, tuple):
+            settings.stages = list(settings.stages)
         settings.check()
         return settings
 
@@ -259,7 +260,7 @@ class Settings:
         for name, value in (self.train_aug or {}).items():
             if name not in known:
                 raise TypeError(f"'train_aug' has no '{name}'; it has {', '.join(known)}.")
-            check_value(known[name], value, or_none=True)
+            check_value(known[name], value)
             values[name] = tuple(value) if isinstance(value, list) else value
         for name in ('scale', 'ratio'):
             if values[name] is not None and values[name][0] > values[name][1]:
@@ -290,8 +291,6 @@ def _plain(name: str, value: Any) -> Any:
         return {str(k): _plain(name, v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(name, v) for v in value]
-    if isinstance(value, Path):
-        return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"'{name}' must be made of numbers, texts, lists and dicts, got {value!r}.")

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Iterable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from timm.data import create_transform
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -19,7 +20,7 @@ from .inference import autocast
 from .progress import RunLog
 from .recipe import Stage
 
-__all__ = ['ImageStage', 'check_optimizers', 'class_weights', 'evaluate']
+__all__ = ['ImageStage', 'check_augmentation', 'check_optimizers', 'class_weights', 'evaluate']
 
 _ONE_PROCESS = Ranks()
 _TIMED_STEPS = 10  # of the first epoch, after which the time to expect is told
@@ -52,6 +53,23 @@ def check_optimizers(stages: Iterable[Stage]) -> None:
             close = difflib.get_close_matches(opt.lower(), list_optimizers(), n=3)
             hint = f'; close to it are {", ".join(close)}' if close and opt.lower() not in close else ''
             raise ValueError(f"'opt': {opt!r} cannot be had ({reason}){hint}.") from e
+
+
+def check_augmentation(augmentation: Dict[str, Any]) -> None:
+    """Check that timm takes each argument of the augmentation.
+
+    Raises:
+        ValueError: If not, naming it.
+    """
+    for name, value in augmentation.items():
+        try:
+            create_transform(64, is_training=True, **{name: value})
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as e:
+            reason = ' '.join(str(e).split()).rstrip('.') or type(e).__name__
+            hint = (
+                '; timm has rand-..., augmix-..., original, originalr, v0, v0r and 3a' if name == 'auto_augment' else ''
+            )
+            raise ValueError(f"'{name}': timm takes no {value!r} ({reason}){hint}.") from e
 
 
 def _create_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
