@@ -1,6 +1,7 @@
 """The layout: dependencies point one way, and a file has one purpose that fits into 400 lines."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,9 @@ def test_dependencies_point_one_way(path):
 def test_files_are_short(folder):
     long = {p.name: n for p in (PACKAGE.parent / folder).rglob('*.py') if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_names_of_tests():
+    """pytest imports the files of tests by their names alone."""
+    names = Counter(p.name for p in (PACKAGE.parent / 'tests').rglob('*.py') if p.name != 'conftest.py')
+    assert [name for name, count in names.items() if count > 1] == []

@@ -310,7 +310,7 @@ def _add_push(commands):
     p = commands.add_parser('push', help='publish a trained model on the Hugging Face Hub')
     p.set_defaults(run=_push)
     p.add_argument(
-        'checkpoint', help="folder of finetune or of a dry run, or checkpoint file of finetune or timm's train script"
+        'checkpoint', help="folder of finetune or of a dry run, or checkpoint of finetune or of timm's train script"
     )
     p.add_argument('--repo', required=True, metavar='OWNER/NAME')
     p.add_argument('--private', action='store_true', help='create the repo private')
@@ -377,7 +377,8 @@ def main(argv: Optional[List[str]] = None):
     try:
         with catch_sigterm():
             code = run(args)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except _CommandError as e:
         commands[e.args[0]].error(e.args[1])
     except BrokenPipeError:  # who reads has seen enough, as `head` has

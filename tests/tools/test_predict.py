@@ -122,7 +122,7 @@ def test_large_jpegs_are_reduced_while_decoding(tmp_path, monkeypatch):
     sizes = []
     monkeypatch.setattr(module, 'open_image', lambda *args, **kw: sizes.append(kw) or open_image(*args, **kw))
     (result,) = predict(model, tmp_path, **FAST)
-    assert open_image(tmp_path / 'large.jpg', **sizes[0]).size == (200, 150)  # of 73 x 2 at least
+    assert open_image(tmp_path / 'large.jpg', **sizes[0]).size == (400, 300)  # of 73 x 3 at least
     assert_as_judged(model, result, tmp_path / 'large.jpg', 0.02)
 
 
