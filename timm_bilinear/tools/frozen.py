@@ -58,6 +58,7 @@ class FrozenStage:
     """
 
     save_interval = 60.0  # seconds between checkpoints, which take longer than epochs
+    prepared_at = 0.0  # when the first epoch really began
     trained_prefix: str  # of the names of the parameters that what is kept does not depend on
     noun: str  # what is kept
 
@@ -155,7 +156,7 @@ class FrozenStage:
             self._compute(split)
         broadcast(None, self.ranks)  # all have computed theirs
         self._after_preparing()
-        self.is_prepared = True
+        self.is_prepared, self.prepared_at = True, time.monotonic()
 
     @torch.inference_mode()
     def _compute(self, split: str) -> None:

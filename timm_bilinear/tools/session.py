@@ -318,7 +318,7 @@ class Session:
         except FloatingPointError as e:
             raise RuntimeError(f'{desc}: {e}; {remedies.of_numbers(e, stage, self.amp_dtype)}') from e
         val = trainer.evaluate(f'{desc}, validating')
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - max(began, trainer.prepared_at))
         row = dict(epoch=epoch, train_loss=train['loss'], train_top1=train['top1'])
         row.update(
             eval_loss=val['loss'], eval_top1=val['top1'], lr=trainer.optimizer.param_groups[0]['lr'], stage=number

@@ -132,6 +132,7 @@ class ImageStage:
     """
 
     save_interval = 0.0  # seconds between checkpoints: one after each epoch
+    prepared_at = 0.0  # there is nothing to prepare
 
     def __init__(
         self,
