@@ -83,38 +83,24 @@ def _predictions(net: nn.Module, paths: List[Path]) -> Dict[str, Callable[[], No
 
 
 def measure(models: List[str], batch_size: int, photos: int, repeats: int) -> str:
-    """Both tables as Markdown."""
+    """The page, a table of both jobs."""
     rows = []
-    for name in models:
-        seconds = measure_seconds(_training_steps(name, batch_size), repeats, _CPU)
-        slowest = next(iter(seconds.values()))
-        for way, value in seconds.items():
-            rows.append(
-                [
-                    f'`{name}`',
-                    f'training, batch of {batch_size}',
-                    way,
-                    f'{batch_size / value:.2f}',
-                    f'{slowest / value:.2f} x',
-                ]
-            )
     with tempfile.TemporaryDirectory() as folder:
         paths = _draw_photos(Path(folder), photos)
         for name in models:
-            seconds = measure_seconds(_predictions(timm.create_model(name, num_classes=200), paths), repeats, _CPU)
-            slowest = next(iter(seconds.values()))
-            for way, value in seconds.items():
-                rows.append(
-                    [
-                        f'`{name}`',
-                        f'prediction, {photos} files of 12 MP',
-                        way,
-                        f'{photos / value:.2f}',
-                        f'{slowest / value:.2f} x',
-                    ]
-                )
-    table = markdown_table(['model', 'job', 'way', 'images/s', 'speed'], rows)
-    return f'448 px, medians of {repeats}. {describe_machine(_CPU)}.\n\n{table}'
+            net = timm.create_model(name, num_classes=200)
+            for job, count, ways in (
+                (f'training, batch of {batch_size}', batch_size, _training_steps(name, batch_size)),
+                (f'prediction, {photos} files of 12 MP', photos, _predictions(net, paths)),
+            ):
+                seconds = measure_seconds(ways, repeats, _CPU)
+                slowest = next(iter(seconds.values()))
+                for way, value in seconds.items():
+                    rows.append([f'`{name}`', job, way, f'{count / value:.2f}', f'{slowest / value:.2f} x'])
+    return (
+        f'# Images per second\n\n`python hub/recipes/images_per_second.py`, 448 px, medians of {repeats}.'
+        f' {describe_machine(_CPU)}.\n\n' + markdown_table(['model', 'job', 'way', 'images/s', 'speed'], rows)
+    )
 
 
 def main():

@@ -115,7 +115,11 @@ def test_other_steps_train_on_the_descriptors(datasets, tmp_path, opt, drop_rate
     assert rows[-1]['val_top1'] > 90 and rows[-1]['loss'] < rows[0]['loss']
 
 
-def test_both_ways_agree(datasets, tmp_path, monkeypatch):
+@pytest.mark.parametrize('rows', [7, 2048])
+def test_both_ways_agree(datasets, tmp_path, monkeypatch, rows):
+    """Also where the Gram matrix is computed in several blocks."""
+    monkeypatch.setattr(frozen_stages, '_ROWS', rows)
+    monkeypatch.setattr(frozen_stages, '_COLUMNS', 100)
     dual = _stage(datasets, tmp_path / 'a')
     monkeypatch.setattr(frozen_stages, '_GRAM_BYTES', 0)
     primal = _stage(datasets, tmp_path / 'b')

@@ -13,6 +13,7 @@ from torch import nn
 
 from .._compat import mkldnn_has_bfloat16
 from .loading import label_descriptions, label_names, left_as_it_was, load, model_name, resolve_device
+from .settings import AMP_DTYPES
 
 __all__ = [
     'AMP_DTYPES',
@@ -36,7 +37,6 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-AMP_DTYPES = ('auto', 'bfloat16', 'float16', 'float32')
 TTA = ('flip', 'crops')
 # 'crops' cuts from images whose edges are this much longer than the model's input, as 256 pixels for crops of 224.
 _CROP_SCALE = 8 / 7
