@@ -1,5 +1,7 @@
 import gc
 import os
+import sys
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -22,3 +24,25 @@ def clean_up():
     yield
     torch._dynamo.reset()
     gc.collect()
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Calls a script's `main` with arguments, in this process: a new one takes seconds to start."""
+
+    def call(main, *args) -> CompletedProcess:
+        arguments = [getattr(main, '__module__', 'script'), *map(str, args)]
+        monkeypatch.setattr(sys, 'argv', arguments)
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        out, err = capsys.readouterr()
+        return CompletedProcess(arguments, code or 0, out, err)
+
+    return call

@@ -5,8 +5,8 @@ one at a time, then the classifier trained on the full outer product of the kept
 
 python hub/recipes/first_stage.py IMAGES --train-script train.py --output docs/first_stage.md
 
-IMAGES is a folder with train and val. The train script is run for one epoch, on the images and on a tenth of them;
-what 30 epochs take follows from the difference. The other two run whole.
+IMAGES is a folder with train and val. The train script is run for one epoch, on a tenth and on a fifth of the images;
+what 30 epochs of all take follows from the difference. The other two run whole.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
@@ -26,20 +27,32 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from timm_bilinear.hub import save_model
 from timm_bilinear.tools.finetune import finetune
+from timm_bilinear.tools.inference import resolve_amp_dtype
 from timm_bilinear.tools.measure import describe_machine, markdown_table, write
 
 _SIZE = 448
+_BATCH_SIZE = 32  # of the train script
 
 
 def train_script(script: Path, model: str, images: Path, epochs: int, workers: int) -> float:
-    """Seconds of so many epochs of timm's train script, by its first epoch on all images and on a tenth."""
+    """Seconds of so many epochs of timm's train script, by one epoch of a tenth of the images and one of a fifth."""
 
     def run(data: Path, output: Path) -> float:
         command = [sys.executable, '-m', 'timm_bilinear', 'run', str(script), '--data-dir', str(data), '--model', model]
         command += ['--num-classes', str(len(list((data / 'train').iterdir()))), '--img-size', str(_SIZE)]
         command += ['--model-kwargs', 'freeze_backbone=True', '--opt', 'sgd', '--lr', '1.0', '--weight-decay', '0']
-        command += ['--batch-size', '32', '--epochs', '1', '--warmup-epochs', '0', '--workers', str(workers)]
+        command += [
+            '--batch-size',
+            str(_BATCH_SIZE),
+            '--epochs',
+            '1',
+            '--warmup-epochs',
+            '0',
+            '--workers',
+            str(workers),
+        ]
         command += ['--output', str(output), '--device', 'cpu', '--no-prefetcher']
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
@@ -47,18 +60,27 @@ def train_script(script: Path, model: str, images: Path, epochs: int, workers: i
             raise RuntimeError(f"'{script}' failed: {done.stderr.strip().splitlines()[-1]}")
         return time.perf_counter() - began
 
-    with tempfile.TemporaryDirectory() as scratch:
-        tenth = Path(scratch) / 'tenth'
-        for folder in sorted(p for split in ('train', 'val') for p in (images / split).iterdir()):
-            target = tenth / folder.relative_to(images)
+    def copy(part: int, folder: Path) -> None:
+        for source in sorted(p for split in ('train', 'val') for p in (images / split).iterdir()):
+            target = folder / source.relative_to(images)
             target.mkdir(parents=True)
-            files = sorted(folder.iterdir())
-            for file in files[: max(1, round(len(files) / 10))]:
+            files = sorted(source.iterdir())
+            for file in files[: max(1, round(len(files) / part))]:
                 shutil.copy(file, target)
-        few, all_images = run(tenth, Path(scratch) / 'few'), run(images, Path(scratch) / 'all')
-        count = {data: sum(1 for _ in data.glob('*/*/*')) for data in (tenth, images)}
-    epoch = (all_images - few) * count[images] / (count[images] - count[tenth])
-    return all_images - epoch + epochs * epoch
+
+    def count(folder: Path) -> int:
+        """Images of an epoch, which leaves out a last batch that is not full."""
+        train, val = (sum(1 for _ in folder.glob(f'{split}/*/*')) for split in ('train', 'val'))
+        return train // _BATCH_SIZE * _BATCH_SIZE + val
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / name for name in ('tenth', 'fifth')]
+        for part, folder in zip((10, 5), folders):
+            copy(part, folder)
+        few, more = map(count, folders)
+        seconds = [run(folder, Path(scratch) / 'runs') for folder in folders]
+    of_image = (seconds[1] - seconds[0]) / (more - few)
+    return seconds[0] - few * of_image + epochs * count(images) * of_image
 
 
 def features_once(net: nn.Module, images: Path, num_classes: int, epochs: int) -> Tuple[float, float]:
@@ -119,7 +141,6 @@ def ours(model: str, images: Path, epochs: int, workers: int, **kwargs) -> Tuple
             freeze=True,
             head_epochs=epochs,
             workers=workers,
-            amp_dtype='float32',
             **kwargs,
         )
         return time.perf_counter() - began, metrics['val_top1']
@@ -129,31 +150,40 @@ def measure(models: List[str], images: Path, script: Path, epochs: int, workers:
     """Table of all models and ways."""
     num_classes = len(list((images / 'train').iterdir()))
     counts = {split: sum(1 for _ in (images / split).glob('*/*')) for split in ('train', 'val')}
-    rows = []
-    for model in models:
-        name = timm.create_model(model, pretrained=model.startswith('local-dir:')).pretrained_cfg['architecture']
-        name = f'`{name}`' + (f' ({Path(model).name})' if ':' in model else '')
-        net = timm.create_model(model, pretrained=model.startswith('local-dir:')).eval()
-        ways: Dict[str, Callable[[], Tuple[float, float]]] = {
-            "timm's train.py, `freeze_backbone`": lambda m=model: (
-                train_script(script, m, images, epochs, workers),
-                float('nan'),
-            ),
-            'features once, as blinear-cnn-faster': lambda n=net: features_once(n, images, num_classes, epochs),
-            '`finetune --freeze`, images and mirror images': lambda m=model: ours(m, images, epochs, workers),
-            '`finetune --freeze --hflip 0`': lambda m=model: ours(
-                m, images, epochs, workers, train_aug=dict(hflip=0.0)
-            ),
-        }
-        results = {way: run() for way, run in ways.items()}
-        slowest = next(iter(results.values()))[0]
-        for way, (seconds, accuracy) in results.items():
-            top1 = '' if accuracy != accuracy else f'{accuracy:.1f} %'
-            rows.append([name, way, f'{seconds:.0f}', f'{slowest / seconds:.1f} x', top1])
-            print(rows[-1], flush=True)
-    title = f'{counts["train"]} training and {counts["val"]} validation images, {_SIZE} px, {epochs} epochs, float32'
+    has_bfloat16 = resolve_amp_dtype('auto', torch.device('cpu')) is not None
+    rows, slowest = [], 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in models:
+            label = Path(model).name
+            if ':' not in model:  # weights do not matter to the time, but a frozen stream has to have some
+                folder = Path(scratch) / model
+                save_model(timm.create_model(model, num_classes=num_classes), folder)
+                label, model = f'`{model}`, weights at random', f'local-dir:{folder}'
+            net = timm.create_model(model, pretrained=True).eval()
+            run = partial(ours, model, images, epochs, workers)
+            ways: Dict[str, Callable[[], Tuple[float, float]]] = {
+                "timm's train.py, `freeze_backbone`": lambda m=model: (
+                    train_script(script, m, images, epochs, workers),
+                    float('nan'),
+                ),
+                'features once, as blinear-cnn-faster': partial(features_once, net, images, num_classes, epochs),
+                '`finetune --freeze --amp float32 --hflip 0`': partial(
+                    run, amp_dtype='float32', train_aug=dict(hflip=0.0)
+                ),
+                '`finetune --freeze`, images and mirror images': run,
+            }
+            for way, measure_way in ways.items():
+                seconds, accuracy = measure_way()
+                precision = 'bfloat16' if has_bfloat16 and way.endswith('images') else 'float32'
+                top1 = '' if accuracy != accuracy else f'{accuracy:.1f} %'
+                slowest = seconds if 'train.py' in way else slowest
+                rows.append([label, way, precision, f'{seconds:.0f}', f'{slowest / seconds:.1f} x', top1])
+                print(rows[-1], flush=True)
+    title = f'{counts["train"]} training and {counts["val"]} validation images, {_SIZE} px, {epochs} epochs'
     machine = describe_machine(torch.device('cpu'))
-    return f'{title}. {machine}.\n\n' + markdown_table(['model', 'way', 'seconds', 'speed', 'top-1'], rows)
+    columns = ['model', 'way', 'precision', 'seconds', 'speed', 'top-1']
+    heading = f'# The first stage\n\n`python hub/recipes/first_stage.py`: {title}. {machine}.\n\n'
+    return heading + markdown_table(columns, rows)
 
 
 def main():

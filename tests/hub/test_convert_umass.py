@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +35,14 @@ def save(net, path):
     return path
 
 
-def convert(*args, check=True):
-    result = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
-    assert not check or result.returncode == 0, result.stderr
-    return result
+@pytest.fixture
+def convert(call_main):
+    def call(*args, check=True):
+        result = call_main(convert_umass.main, *args)
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_backbone_of(name):
     ],
     ids=['vgg', 'resnet34 resnet18', 'densenet'],
 )
-def test_logits(tmp_path, streams, proj_dim, architecture):
+def test_logits(tmp_path, convert, streams, proj_dim, architecture):
     net = randomise_norms(AuthorsNet(*streams(), proj_dim=proj_dim))
     spread(net.fc)
     labels = tmp_path / 'labels.txt'
@@ -98,7 +100,7 @@ def change(state_dict, **more):
     ],
     ids=['sqrt', 'sketch', 'bottleneck', 'no_state_dict', 'other', 'extra', 'short', 'pickle'],
 )
-def test_what_is_refused(tmp_path, make, said):
+def test_what_is_refused(tmp_path, convert, make, said):
     torch.save(make(AuthorsNet(AuthorsVGG()).state_dict()), tmp_path / 'x.pth.tar')
     result = convert(tmp_path / 'x.pth.tar', tmp_path / 'out', check=False)
     assert result.returncode == 1
@@ -107,7 +109,7 @@ def test_what_is_refused(tmp_path, make, said):
     assert not (tmp_path / 'out').exists()
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments(tmp_path, convert):
     path = save(AuthorsNet(AuthorsVGG(), proj_dim=4), tmp_path / 'x.pth.tar')
     (tmp_path / 'labels.txt').write_text('one\ntwo')
     result = convert(path, tmp_path / 'out', '--label-names', tmp_path / 'labels.txt', check=False)
@@ -128,7 +130,7 @@ def untrained(make, pretrained):
 @pytest.mark.parametrize(
     'names,proj_dim', [(['vgg'], 0), (['vgg', 'vgg'], 0), (['densenet'], 32), (['resnet'], 32)], ids=str
 )
-def test_the_authors_code(tmp_path, monkeypatch, names, proj_dim):
+def test_the_authors_code(tmp_path, convert, monkeypatch, names, proj_dim):
     for name in ('vgg16', 'resnet101', 'densenet201', 'inception_v3', 'alexnet'):
         monkeypatch.setattr(models, name, partial(untrained, getattr(models, name)))
     monkeypatch.syspath_prepend(os.environ['UMASS_REPO'])
