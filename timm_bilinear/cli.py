@@ -235,7 +235,13 @@ def _add_inference_options(p: argparse.ArgumentParser, workers: str):
     p.add_argument('--workers', type=_not_negative, help=f'{workers} (default: by the cores)')
     p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
     p.add_argument('--label-names', metavar='FILE', help=_LABELS_HELP)
-    p.add_argument('--tta', choices=('flip', 'crops'), help='mean over mirror images, or corners and centre')
+    p.add_argument(
+        '--tta',
+        choices=('auto', 'none', 'flip', 'crops', 'scales'),
+        default='auto',
+        help='mean over mirror images, corners and centre, or parts at several scales; auto: scales for models that '
+        'want images padded whole, else none (default: %(default)s)',
+    )
 
 
 def _positive(text: str) -> int:

@@ -1,6 +1,6 @@
-"""Render GoogleFontsBench (arXiv 2602.13889) anew: an image folder of every font below a folder.
+"""An image folder of every font below a folder: train and val by render.py, test by GoogleFontsBench's protocol.
 
-    python hub/fonts/build.py fonts images --npm                # its 32 families from npm, 378 fonts
+    python hub/fonts/build.py fonts --npm                       # only get the benchmark's 32 families, 378 fonts
     python hub/fonts/build.py fonts images --npm lora inter     # these families
     python hub/fonts/build.py fonts images --select '*-700-*'   # only fonts of such names
     python hub/fonts/build.py my_fonts images                   # a folder per family with .woff2, .woff, .ttf or .otf
@@ -17,7 +17,8 @@ import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from render import find_fonts, render_dataset
+from faces import find_fonts
+from folder import render_folder
 from tqdm import tqdm
 
 FAMILIES = (
@@ -61,16 +62,17 @@ def fetch_family(family: str, root: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('fonts', type=Path, help='folder of fonts')
-    parser.add_argument('images', type=Path, help='folder for train, val and test, each with a folder per font')
+    parser.add_argument('images', type=Path, nargs='?', help='folder for train, val and test, with a folder per font')
     parser.add_argument('--npm', nargs='*', metavar='FAMILY', help='first get families from npm (none named: all 32)')
     parser.add_argument('--select', default='*', metavar='PATTERN', help='only fonts whose file name matches')
-    parser.add_argument('--train', type=int, default=575, help='training images per font (default: %(default)s)')
-    parser.add_argument('--val', type=int, default=40, help='validation images per font (default: %(default)s)')
-    parser.add_argument('--test', type=int, default=40, help='test images per font (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=224, help='height and width of images (default: %(default)s)')
     parser.add_argument(
-        '--train-render', type=int, default=448, help='height training text is rendered at (default: %(default)s)'
+        '--train', type=int, default=100, help='training images per font, 0 for none (default: %(default)s)'
     )
+    parser.add_argument(
+        '--val', type=int, default=10, help='validation images per font, 0 for none (default: %(default)s)'
+    )
+    parser.add_argument('--test', type=int, default=40, help='test images per font, 0 for none (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=224, help='height and width of images (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, help='processes (default: one per core)')
     args = parser.parse_args()
@@ -89,7 +91,9 @@ def main():
             raise ValueError(f"No font of '{args.fonts}' matches '{args.select}'.")
         print(f'{len(fonts)} fonts of {len({families[name] for name in fonts})} families, {len(skipped)} skipped')
         counts = dict(train=args.train, val=args.val, test=args.test)
-        render_dataset(args.images, fonts, counts, args.size, args.train_render, args.seed, args.workers)
+        counts = {split: count for split, count in counts.items() if count != 0}
+        if args.images is not None:
+            render_folder(args.images, fonts, counts, args.size, args.seed, args.workers)
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'build.py: error: {e}')
 

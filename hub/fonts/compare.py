@@ -20,7 +20,7 @@ from typing import List, Optional
 
 import timm
 import yaml
-from report import measure
+from report import measure, read_families
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import random_seed
 
@@ -121,7 +121,7 @@ def run(
             **dict(recipe, model=f'local-dir:{fresh}', pretrained=True),
         )
         seconds = sum(os.times()[:4]) - began
-    report = asdict(measure(folder, images))
+    report = asdict(measure(folder, images, read_families(images)))
     report.update(seconds=seconds, confusions=report['confusions'][:10], settings=settings)
     file.write_text(json.dumps(report))
     return report

@@ -1,351 +1,370 @@
-"""Images of text in many fonts, by the protocol of GoogleFontsBench (https://arxiv.org/abs/2602.13889).
+"""Images of text that give nothing away but the letters: whatever else an image shows is drawn without the font.
 
-Text wrapped to 8 line heights, a fifth of its spaces turned into line breaks, random alignment, text and background
-colours with luminance at least 80 apart, rendered large and reduced by Lanczos to 224 px height, Gaussian noise of
-sigma 25.5 per channel; for the network padded to a square with black and resized.
+A `Layout` holds all that is not the letters. Letters are drawn as coverage, at the network's scale or larger and
+reduced, then coloured, photographed and compressed.
 """
 
-import json
-import os
+import io
+import math
 import random
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from texts import CHARACTERS, SPLITS, random_text
-from torch.utils.data import Dataset
-from tqdm import tqdm
+from faces import Face
+from PIL import Image, ImageDraw, ImageFilter
+from texts import random_kind, random_text
 
-__all__ = [
-    'Face',
-    'FontDataset',
-    'check_face',
-    'demo_fonts',
-    'find_fonts',
-    'pad_square',
-    'render_dataset',
-    'render_text',
-]
+__all__ = ['Layout', 'random_image', 'random_layout', 'render_text']
 
-_DEMO_FAMILIES = (
-    'anton',
-    'bitter',
-    'dancing-script',
-    'eb-garamond',
-    'inter',
-    'lobster',
-    'montserrat',
-    'open-sans',
-    'oswald',
-    'playfair-display',
-    'roboto',
-    'roboto-mono',
-)
-_DEMO_WEIGHTS = (400, 500, 600, 700)
-_HEIGHT = 224  # at which noise is added
-_NOISE = 25.5
-_WIDTH = 8  # of a block of text, in line heights
-_MARGIN = 0.1  # beside the text, in line heights
-_RENDER = {'train': 448, 'val': 1024, 'test': 1024}  # height of the first rendering
+Color = Tuple[float, float, float]
+
+_LUMA = (0.299, 0.587, 0.114)
+_KERNELS = ('LANCZOS', 'BICUBIC', 'BILINEAR', 'HAMMING', 'BOX')
+_MAX_NOISE = 25.5  # standard deviation per channel, of 255, as in GoogleFontsBench (arXiv 2602.13889)
 
 
 @dataclass(frozen=True)
-class Face:
-    """A font file, and the weight at which a variable one is used.
+class Layout:
+    """All of an image that is not its letters.
 
     Args:
-        path: Font file of any format that FreeType reads.
-        weight: Value of the weight axis; None for static fonts.
+        x_height: Height of the ink of 'x' in the image, in pixels.
+        pitch: Distance of lines, in heights of the ink of 'Ay'.
+        by_ink: If each line is placed by the top of its own ink instead of its baseline, as GoogleFontsBench does.
+        wrap: Width that lines are broken at, as a share of the image.
+        lines: Lines at most.
+        break_chance: Chance of a line break after each word.
+        align: 0 left, 0.5 centred, 1 right.
+        kerning: If the font's kerning is applied.
+        tracking: Space added between letters, in em.
+        oversampling: Scale that letters are drawn at before they are resized to the image; 1 is drawn at once, hinted.
+        mono: If letters are drawn without antialiasing before resizing.
+        subpixel: If red, green and blue are a third of a pixel apart, as on a flat screen; for oversampling 3.
+        kernel: Name of the filter that resizes, of Pillow's.
+        blur: Standard deviation of a Gaussian blur, in pixels.
+        degrees: Rotation.
+        perspective: Shift of the corners at most, as a share of the image.
+        fit: If the image shows a whole block of text, else a part of one.
+        fill: If a block shown whole is enlarged until it reaches two borders.
+        anchor: Where in the image the block is, or the letter that it is hung on, as a share of width and height.
+        margin: Space around a block shown whole, in heights of the ink of 'Ay'.
+        padding: Colour beyond the margin, None for the background's.
+        ink: Colour of the letters, 0 to 255.
+        background: Colour behind them.
+        linear: If colours are mixed in linear light.
+        gradient: Change of the background's colours from one side to the other, of 255.
+        texture: Amplitude of an uneven background, of 255.
+        noise: Standard deviation of the noise of each channel, of 255.
+        jpeg: JPEG quality, None for no compression.
     """
 
-    path: str
-    weight: Optional[int] = None
-
-    def at(self, size: float) -> ImageFont.FreeTypeFont:
-        """The font at a size in pixels per em.
-
-        Raises:
-            OSError: If FreeType cannot read the file.
-        """
-        return _load(self, size)
-
-
-@lru_cache(maxsize=256)
-def _load(face: Face, size: float) -> ImageFont.FreeTypeFont:
-    font = ImageFont.truetype(face.path, size)
-    if face.weight is not None:
-        axes = font.get_variation_axes()
-        font.set_variation_by_axes([face.weight if a['name'] == b'Weight' else a['default'] for a in axes])
-    return font
-
-
-def check_face(face: Face):
-    """Check that a font can be read and has every character that texts are made of.
-
-    Raises:
-        ValueError: If not, naming file and characters.
-    """
-    try:
-        font = face.at(32)
-        absent = bytes(font.getmask('\uffff'))  # what is drawn for a character that no font has
-        missing = [c for c in CHARACTERS if bytes(font.getmask(c)) == absent or font.getmask(c).getbbox() is None]
-    except OSError as e:
-        raise ValueError(f"Cannot read font '{face.path}': {e}") from e
-    if missing:
-        raise ValueError(f"Font '{face.path}' has no {' '.join(missing)}")
+    x_height: float = 14.0
+    pitch: float = 1.2
+    by_ink: bool = False
+    wrap: float = 1.0
+    lines: int = 12
+    break_chance: float = 0.0
+    align: float = 0.0
+    kerning: bool = True
+    tracking: float = 0.0
+    oversampling: float = 2.0
+    mono: bool = False
+    subpixel: bool = False
+    kernel: str = 'LANCZOS'
+    blur: float = 0.0
+    degrees: float = 0.0
+    perspective: float = 0.0
+    fit: bool = True
+    fill: bool = True
+    anchor: Tuple[float, float] = (0.5, 0.5)
+    margin: float = 0.2
+    padding: Optional[Color] = (0.0, 0.0, 0.0)
+    ink: Color = (0.0, 0.0, 0.0)
+    background: Color = (255.0, 255.0, 255.0)
+    linear: bool = False
+    gradient: float = 0.0
+    texture: float = 0.0
+    noise: float = 0.0
+    jpeg: Optional[int] = None
 
 
-def find_fonts(root: Union[str, Path]) -> Tuple[Dict[str, List[Face]], Dict[str, str], List[str]]:
-    """Fonts of a folder, one class per file.
+def _luminance(color: Color) -> float:
+    return sum(c * w for c, w in zip(color, _LUMA))
+
+
+def _random_colors(rng: random.Random) -> Tuple[Color, Color]:
+    """Colours of letters and background: of pages, any of high contrast, or any of low contrast."""
+    style = rng.random()
+    if style < 0.3:  # near black and white, either way
+        grey = rng.choice((0, 0, rng.uniform(0, 70)))
+        tint = tuple(rng.uniform(-8, 8) * (grey > 0) for _ in range(3))
+        dark = tuple(min(255.0, max(0.0, grey + t)) for t in tint)
+        light = tuple(rng.choice((255.0, rng.uniform(225, 255))) for _ in range(3))
+        return (dark, light) if rng.random() < 0.6 else (light, dark)
+    low, high = (80, 256) if style < 0.8 else (30, 90)
+    while True:
+        a, b = (tuple(rng.uniform(0, 255) for _ in range(3)) for _ in range(2))
+        if low <= abs(_luminance(a) - _luminance(b)) < high:
+            return a, b
+
+
+def random_layout(rng: random.Random, size: int = 224) -> Layout:
+    """A layout, nothing of which depends on the font.
 
     Args:
-        root: Folder with font files (.woff2, .woff, .ttf, .otf), at any depth.
-
-    Returns:
-        Faces by class, the file's name without extension; family by class, the name of the file's folder; and what was
-        left out, a sentence for each font that is broken or lacks characters.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it has no usable font, or two of one name.
+        rng: Source of everything.
+        size: Height and width of the image in pixels, which large letters and many lines must fit into.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"Font folder '{root}' does not exist.")
-    fonts: Dict[str, List[Face]] = {}
-    families: Dict[str, str] = {}
-    skipped: List[str] = []
-    for path in sorted(p for p in root.rglob('*') if p.suffix.lower() in ('.woff2', '.woff', '.ttf', '.otf')):
-        if path.stem in fonts:
-            raise ValueError(f"Fonts '{fonts[path.stem][0].path}' and '{path}' have the same name.")
-        face = Face(str(path.resolve()))
-        try:
-            check_face(face)
-        except ValueError as e:
-            skipped.append(str(e))
-            continue
-        fonts[path.stem] = [face]
-        families[path.stem] = path.parent.name
-    if not fonts:
-        raise ValueError(f"Font folder '{root}' has no usable font{': ' if skipped else '.'}{'; '.join(skipped[:3])}")
-    return fonts, families, skipped
+    ink, background = _random_colors(rng)
+    sharpness = rng.random()  # drawn at once, reduced, or enlarged
+    x_height = math.exp(rng.uniform(math.log(6), math.log(min(60, 0.3 * size))))
+    oversampling = 1.0 if sharpness < 0.3 else rng.choice((2.0, 2.0, 3.0, rng.uniform(1.2, 4)))
+    if sharpness > 0.92 and x_height > 16:
+        oversampling = rng.uniform(0.5, 0.9)
+    oversampling = min(oversampling, max(1.0, 120 / x_height))
+    tilted = rng.random() < 0.2
+    fit = rng.random() < 0.45
+    grey = rng.uniform(0, 255)
+    return Layout(
+        x_height=x_height,
+        pitch=rng.uniform(0.9, 2.0) if rng.random() < 0.8 else rng.uniform(1.1, 1.4),
+        by_ink=rng.random() < 0.3,
+        wrap=rng.uniform(0.5, 1.0) if fit else math.exp(rng.uniform(math.log(0.6), math.log(3.0))),
+        lines=rng.choice((1, 2, 3, 4, 5, 6, 8, 10, 12, 12, 12, 12)),
+        break_chance=rng.choice((0.0, 0.0, 0.2, 0.5)),
+        align=rng.choice((0.0, 0.0, 0.5, 1.0)),
+        kerning=rng.random() < 0.7,
+        tracking=rng.uniform(-0.03, 0.12) if rng.random() < 0.12 else 0.0,
+        oversampling=oversampling,
+        mono=oversampling != 1 and rng.random() < 0.1,
+        subpixel=oversampling == 3 and rng.random() < 0.5,
+        kernel=rng.choice(_KERNELS),
+        blur=rng.uniform(0, 0.12) * min(x_height, 12) if rng.random() < 0.25 else 0.0,
+        degrees=rng.gauss(0, 2.5) if tilted else 0.0,
+        perspective=rng.uniform(0, 0.06) if tilted else 0.0,
+        fit=fit,
+        fill=rng.random() < 0.7,
+        anchor=(rng.random(), rng.random()) if rng.random() < 0.7 else (0.5, 0.5),
+        margin=rng.uniform(0.0, 1.0),
+        padding=rng.choice((None, None, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (255.0, 255.0, 255.0), (grey, grey, grey))),
+        ink=ink,
+        background=background,
+        linear=rng.random() < 0.2,
+        gradient=rng.uniform(0, 60) if rng.random() < 0.25 else 0.0,
+        texture=rng.uniform(0, 25) if rng.random() < 0.25 else 0.0,
+        noise=rng.uniform(0, _MAX_NOISE) if rng.random() < 0.5 else 0.0,
+        jpeg=rng.randrange(35, 96) if rng.random() < 0.3 else None,
+    )
 
 
-def demo_fonts() -> Dict[str, List[Face]]:
-    """Faces of the `demo` extra's font packages, all weights of a family in one class.
+class _Letters:
+    """Text set in a font at a size, with tracking or without."""
 
-    Raises:
-        ValueError: If a package is not installed.
-    """
-    try:
-        import fontpkg
-    except ImportError as e:
-        raise ValueError("Fonts come with the 'demo' extra: pip install 'timm_bilinear[demo]'.") from e
-    fonts = {}
-    for name in _DEMO_FAMILIES:
-        try:
-            files = [f for f in fontpkg.family(name).files if f.style == 'normal']
-        except fontpkg.FontpkgError as e:
-            raise ValueError(f"Font package 'fontpkg-{name}' is not installed: {e}") from e
-        fonts[name] = [Face(str(f.path), w) for f in files if f.variable for w in _DEMO_WEIGHTS if f.covers(w)]
-        fonts[name] += [Face(str(f.path)) for f in files if not f.variable and f.weight in _DEMO_WEIGHTS]
-    return fonts
+    def __init__(self, face: Face, size: float, layout: Layout):
+        self.font = face.at(size, layout.kerning)
+        # Without kerning libraqm is not needed; with it ligatures come too, as in a browser.
+        self.tracking = layout.tracking * size
+
+    def length(self, text: str) -> float:
+        return self.font.getlength(text) + self.tracking * len(text)
+
+    def draw(self, draw: ImageDraw.ImageDraw, x: float, y: float, text: str):
+        """Draw with the baseline at y."""
+        if not self.tracking:
+            draw.text((x, y), text, fill=255, font=self.font, anchor='ls')
+            return
+        for character in text:
+            draw.text((x, y), character, fill=255, font=self.font, anchor='ls')
+            x += self.length(character)
 
 
-def _wrap(text: str, face: Face, rng: random.Random) -> List[str]:
-    """Lines of a text, a fifth of its spaces being breaks and the rest wrapped to the width."""
-    font = face.at(100.0)
-    width = _WIDTH * sum(font.getmetrics())
+def _wrap(text: str, letters: _Letters, width: float, layout: Layout, rng: random.Random) -> List[str]:
+    """Lines of a text: broken by chance, and where they would be wider than the width."""
     lines = ['']
     for word in text.split(' '):
         longer = f'{lines[-1]} {word}'.lstrip()
-        if lines[-1] and (rng.random() < 0.2 or font.getlength(longer) > width):
+        if lines[-1] and (rng.random() < layout.break_chance or letters.length(longer) > width):
             lines.append(word)
         else:
             lines[-1] = longer
     return lines
 
 
-def _colors(rng: random.Random) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
-    """Text and background colours whose luminance is at least 80 apart."""
-    while True:
-        a, b = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
-        if abs(sum((x - y) * w for x, y, w in zip(a, b, (0.299, 0.587, 0.114)))) >= 80:
-            return a, b
+def _transform(mask: Image.Image, layout: Layout, rng: random.Random) -> Image.Image:
+    """Rotate a mask about its centre and move its corners."""
+    width, height = mask.size
+    angle = math.radians(layout.degrees)
+    source, target = [], []
+    for x, y in ((0, 0), (width, 0), (width, height), (0, height)):
+        dx, dy = x - width / 2, y - height / 2
+        source.append(
+            (
+                width / 2
+                + math.cos(angle) * dx
+                - math.sin(angle) * dy
+                + layout.perspective * width * rng.uniform(-1, 1),
+                height / 2
+                + math.sin(angle) * dx
+                + math.cos(angle) * dy
+                + layout.perspective * height * rng.uniform(-1, 1),
+            )
+        )
+        target.append((x, y))
+    rows, values = [], []
+    for (x, y), (u, v) in zip(target, source):  # u = (a x + b y + c) / (g x + h y + 1), v likewise
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        values += [u, v]
+    coefficients = np.linalg.solve(np.array(rows, dtype=np.float64), np.array(values))
+    return mask.transform(mask.size, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BICUBIC)
 
 
-def render_text(face: Face, text: str, rng: random.Random, render: int = 1024, noise: float = _NOISE) -> Image.Image:
-    """A block of text, 224 px high and as wide as it comes.
+def _block(
+    face: Face, text: str, layout: Layout, size: int, rng: random.Random
+) -> Tuple[Image.Image, Optional[Tuple[float, float, float, float]]]:
+    """Coverage of the letters on a canvas of the image's size times oversampling; the box of a block shown whole."""
+    scale = layout.oversampling
+    edge = round(size * scale)
+    em = layout.x_height * scale / face.x_height
+    letters = _Letters(face, em, layout)
+    line_height = face.line_height * em
+    pitch = layout.pitch * line_height
+    margin = layout.margin * line_height if layout.fit else 0.0
+    lines = _wrap(text, letters, layout.wrap * edge - 2 * margin, layout, rng)[: layout.lines]
+    if layout.fit:
+        lines = lines[: max(1, int((edge - 2 * margin - line_height) / pitch) + 1)]
+    lengths = [letters.length(line) for line in lines]
+    width, height = max(lengths), (len(lines) - 1) * pitch + line_height
+    if layout.fit and layout.fill:
+        zoom = min(edge / (max(width, height) + 2 * margin), 0.35 * edge / (em * face.x_height))
+        letters = _Letters(face, em * zoom, layout)
+        lengths = [letters.length(line) for line in lines]
+        width, height, pitch, margin, line_height = (
+            max(lengths),
+            *(zoom * v for v in (height, pitch, margin, line_height)),
+        )
+    box = None
+    if layout.fit and max(width, height) + 2 * margin <= edge + 1:
+        left = margin + layout.anchor[0] * (edge - 2 * margin - width)
+        top = margin + layout.anchor[1] * (edge - 2 * margin - height)
+        box = (left - margin, top - margin, left + width + margin, top + height + margin)
+    else:  # some letter of some line comes to lie at the anchor, which is kept off the border
+        line = rng.randrange(len(lines))
+        x = layout.align * (width - lengths[line]) + rng.random() * lengths[line]
+        left = edge * (0.2 + 0.6 * layout.anchor[0]) - x
+        top = edge * (0.2 + 0.6 * layout.anchor[1]) - line * pitch - 0.5 * line_height
+        if width < edge:  # no letter is cut that need not be
+            left = min(max(left, 0), edge - width)
+    canvas = Image.new('L', (edge, edge))
+    draw = ImageDraw.Draw(canvas)
+    draw.fontmode = '1' if layout.mono else 'L'
+    for i, (line, length) in enumerate(zip(lines, lengths)):
+        x, y = left + layout.align * (width - length), top + i * pitch
+        if y > edge or y + 1.5 * pitch + line_height < 0:
+            continue
+        if layout.by_ink:
+            baseline = y - letters.font.getbbox(line, anchor='ls')[1]
+        else:
+            baseline = y - letters.font.getbbox('A', anchor='ls')[1]
+        letters.draw(draw, x, baseline, line)
+    return canvas, box
+
+
+def _coverage(canvas: Image.Image, layout: Layout, size: int) -> np.ndarray:
+    """Coverage at the image's size, (size, size, 1 or 3), 0 to 1."""
+    if layout.subpixel and canvas.width == 3 * size:
+        fine = np.asarray(canvas, dtype=np.float32).reshape(size, 3, 3 * size).mean(1)
+        # FreeType's default filter across five subpixels, which keeps colour fringes faint
+        fine = np.pad(fine, ((0, 0), (2, 2)))
+        weights = (0x08, 0x4D, 0x56, 0x4D, 0x08)
+        fine = sum(w / 256 * fine[:, i : i + 3 * size] for i, w in enumerate(weights))
+        mask = fine.reshape(size, size, 3)
+    else:
+        if canvas.width != size:
+            canvas = canvas.resize((size, size), Image.Resampling[layout.kernel])
+        if layout.blur:
+            canvas = canvas.filter(ImageFilter.GaussianBlur(layout.blur))
+        mask = np.asarray(canvas, dtype=np.float32)[..., None]
+    return mask / 255
+
+
+def _background(layout: Layout, size: int, rng: random.Random) -> np.ndarray:
+    """(size, size, 3), or (1, 1, 3) if it is plain."""
+    pixels = np.array(layout.background, dtype=np.float32).reshape(1, 1, 3)
+    if layout.gradient:
+        angle = rng.uniform(0, 2 * math.pi)
+        ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+        ramp = math.cos(angle) * ramp[None, :, None] + math.sin(angle) * ramp[:, None, None]
+        change = np.array([rng.uniform(-1, 1) for _ in range(3)], dtype=np.float32)
+        pixels = pixels + layout.gradient * ramp * change
+    if layout.texture:
+        cells = rng.choice((3, 8, size // 4, size))
+        generator = np.random.default_rng(rng.getrandbits(64))
+        grain = Image.fromarray(generator.integers(0, 256, (cells, cells), dtype=np.uint8))
+        grain = np.asarray(grain.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+        pixels = pixels + layout.texture * (grain[..., None] / 127.5 - 1)
+    return pixels
+
+
+def render_text(
+    face: Face, text: str, layout: Layout, size: int = 224, rng: Optional[random.Random] = None
+) -> Image.Image:
+    """A square image of a text.
 
     Args:
         face: Font.
-        text: Text.
-        rng: Source of line breaks, alignment, colours and noise.
-        render: Height in pixels of the first rendering, from which Lanczos reduces.
-        noise: Standard deviation of the noise of each channel, of 255.
+        text: Text; what the font lacks is left out, and what the image does not hold is cut off.
+        layout: All that is not the letters.
+        size: Height and width in pixels.
+        rng: Source of line breaks, places and noise; None for one of seed 0.
 
     Returns:
         RGB image.
     """
-    lines = _wrap(text, face, rng)
-    align = rng.choice((0.0, 0.5, 1.0))
-    ink, background = _colors(rng)
-    line_height = render / len(lines)
-    font = face.at(100.0 * line_height / sum(face.at(100.0).getmetrics()))
-    lengths = [font.getlength(line) for line in lines]
-    margin = _MARGIN * line_height
-    image = Image.new('RGB', (round(max(lengths) + 2 * margin), render), background)
-    draw = ImageDraw.Draw(image)
-    for i, (line, length) in enumerate(zip(lines, lengths)):
-        draw.text((margin + align * (max(lengths) - length), i * line_height), line, fill=ink, font=font)
-    image = image.resize((max(1, round(image.width * _HEIGHT / render)), _HEIGHT), Image.Resampling.LANCZOS)
-    if not noise:
-        return image
-    pixels = np.asarray(image, dtype=np.float32)
-    generator = np.random.default_rng(rng.getrandbits(64))
-    pixels = pixels + noise * generator.standard_normal(pixels.shape, dtype=np.float32)
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    rng = rng or random.Random(0)
+    canvas, box = _block(face, face.keep(text) or 'x', layout, size, rng)
+    if layout.degrees or layout.perspective:
+        canvas = _transform(canvas, layout, rng)
+    mask = _coverage(canvas, layout, size)
+    background = _background(layout, size, rng)
+    ink = np.array(layout.ink, dtype=np.float32)
+    if layout.linear:
+        background, ink = background.clip(0, 255) ** 2.2, ink**2.2
+        pixels = (background + mask * (ink - background)).clip(0) ** (1 / 2.2)
+    else:
+        pixels = background + mask * (ink - background)
+    if layout.noise:
+        generator = np.random.default_rng(rng.getrandbits(64))
+        pixels = pixels + layout.noise * generator.standard_normal(pixels.shape, dtype=np.float32)
+    if box is not None and layout.padding is not None:
+        left, top, right, bottom = (round(min(max(v / layout.oversampling, 0), size)) for v in box)
+        padded = np.empty_like(pixels)
+        padded[:] = layout.padding
+        padded[top:bottom, left:right] = pixels[top:bottom, left:right]
+        pixels = padded
+    image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    if layout.jpeg is not None:
+        file = io.BytesIO()
+        image.save(file, 'JPEG', quality=layout.jpeg, subsampling=rng.choice((0, 2)))
+        image = Image.open(file).convert('RGB')
+    return image
 
 
-def pad_square(image: Image.Image, size: int) -> Image.Image:
-    """Pad an image to a square with black, and resize it."""
-    side = max(image.size)
-    square = Image.new('RGB', (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square.resize((size, size), Image.Resampling.BICUBIC)
-
-
-class FontDataset(Dataset):
-    """Images rendered when they are asked for, the same ones whenever the arguments are the same.
-
-    As timm's datasets it has a `transform`, which `timm.data.create_loader` sets.
-    """
-
-    def __init__(
-        self,
-        fonts: Dict[str, Sequence[Face]],
-        split: str,
-        count: int,
-        size: int = 224,
-        render: Optional[int] = None,
-        seed: int = 0,
-        transform: Optional[Callable] = None,
-    ):
-        """
-        Args:
-            fonts: Faces by class; each image takes one of its class.
-            split: 'train', 'val' or 'test', none of which share a text.
-            count: Images per class; in steps of 575 (train) and 40 the protocol's mix of sentences and numbers.
-            size: Height and width of the square images in pixels.
-            render: Height in pixels of the first rendering; None for 448 in training and the protocol's 1024 otherwise.
-            seed: Seed of everything random.
-            transform: Applied to each PIL image.
-
-        Raises:
-            ValueError: If `split` is unknown.
-        """
-        if split not in SPLITS:
-            raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, got {split!r}.")
-        self.fonts = fonts
-        self.classes = sorted(fonts)
-        self.split = split
-        self.count = count
-        self.size = size
-        self.render = _RENDER[split] if render is None else render
-        self.seed = seed
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.classes) * self.count
-
-    def image(self, index: int) -> Image.Image:
-        label, number = self.classes[index // self.count], index % self.count
-        rng = random.Random(f'{self.seed}/{self.split}/{label}/{number}')
-        face = rng.choice(self.fonts[label])
-        return pad_square(render_text(face, random_text(self.split, number, rng), rng, self.render), self.size)
-
-    def __getitem__(self, index: int) -> Tuple[Any, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        image = self.image(index)
-        return image if self.transform is None else self.transform(image), index // self.count
-
-
-def _render_class(root: Path, dataset: FontDataset, number: int) -> int:
-    """Write those images of a class that are not there yet."""
-    folder = root / dataset.split / dataset.classes[number]
-    folder.mkdir(parents=True, exist_ok=True)
-    # Training images are many: JPEG, whose losses are small beside the noise.
-    suffix, options = ('jpg', dict(quality=90)) if dataset.split == 'train' else ('png', {})
-    for i in range(dataset.count):
-        path = folder / f'{i:05d}.{suffix}'
-        if not path.exists():
-            partial = folder / f'.{path.name}'
-            dataset.image(number * dataset.count + i).save(partial, 'JPEG' if suffix == 'jpg' else 'PNG', **options)
-            os.replace(partial, path)
-    return dataset.count
-
-
-def render_dataset(
-    root: Union[str, Path],
-    fonts: Dict[str, Sequence[Face]],
-    counts: Dict[str, int],
-    size: int = 224,
-    train_render: int = _RENDER['train'],
-    seed: int = 0,
-    workers: Optional[int] = None,
-) -> Path:
-    """Render an image folder, or what is missing of one that was begun with the same arguments.
+def random_image(face: Face, split: str, rng: random.Random, size: int = 224) -> Image.Image:
+    """A text of the split in a random layout.
 
     Args:
-        root: Folder for train, val and test, each with a folder per class, and fonts.json with the arguments.
-        fonts: Faces by class.
-        counts: Images per class by split.
-        size: Height and width of the square images in pixels.
-        train_render: Height in pixels of the first rendering of training images; the others have the protocol's 1024.
-        seed: Seed of everything random.
-        workers: Processes; None for one per core.
-
-    Returns:
-        `root`.
-
-    Raises:
-        ValueError: If a size or count is less than 1, `root` has images of other arguments, or is no such folder.
-        OSError: If images cannot be written.
+        face: Font.
+        split: 'train' or 'val', of texts.
+        rng: Source of everything.
+        size: Height and width in pixels.
     """
-    root = Path(root)
-    for name, value in dict(counts, size=size, train_render=train_render).items():
-        if value < 1:
-            raise ValueError(f"'{name}' must be at least 1, got {value}.")
-    settings = dict(counts=counts, size=size, train_render=train_render, seed=seed)
-    # family and file, not the whole path: the folder may be moved, and so may the fonts
-    settings['fonts'] = {
-        k: [dict(asdict(f), path='/'.join(Path(f.path).parts[-2:])) for f in fonts[k]] for k in sorted(fonts)
-    }
-    file = root / 'fonts.json'
-    if file.is_file():
-        if json.loads(file.read_text()) != json.loads(json.dumps(settings)):
-            raise ValueError(f"'{root}' was rendered with other arguments or fonts, see '{file}'; take another folder.")
-    elif root.exists() and any(root.iterdir()):
-        raise ValueError(f"'{root}' is not empty, and not a folder of rendered fonts: it has no fonts.json.")
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1))
-    datasets = [
-        FontDataset(fonts, split, count, size, train_render if split == 'train' else None, seed)
-        for split, count in counts.items()
-    ]
-    total = sum(map(len, datasets))
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=total, desc='Rendering fonts', unit='img') as bar:
-        jobs = [pool.submit(_render_class, root, ds, i) for ds in datasets for i in range(len(ds.classes))]
-        try:
-            for job in as_completed(jobs):
-                bar.update(job.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return root
+    layout = random_layout(rng, size)
+    kind = random_kind(rng)
+    # as many letters as the image holds, and half as many again; a word, name or number may also stand alone
+    columns = size * layout.wrap / layout.x_height
+    rows = min(layout.lines, 1.5 + size / (1.4 * layout.pitch * layout.x_height))
+    length = 1 if rng.random() < 0.15 else math.ceil(1.2 * columns * rows)
+    if kind in ('prose', 'made-up words', 'capitals'):
+        length = max(length, rng.randrange(4, 12))
+    return render_text(face, random_text(split, kind, min(length, 2000), rng), layout, size, rng)

@@ -1,6 +1,9 @@
-"""Measure a model on the test split of rendered fonts, and draw the fonts it confuses most.
+"""Measure a model on images of fonts, by the renderer that drew them, and draw the fonts it confuses most.
 
-python hub/fonts/report.py hub/bcnn_resnet18_c4.googlefonts images fonts --picture confusions.png
+    python hub/fonts/report.py hub/FOLDER fonts images/protocol images/chromium --picture confusions.png
+
+Each folder of images has a folder `test` with a folder per font. Kinds of images are told apart by what stands before
+the first `_` in the names of the files.
 """
 
 import argparse
@@ -10,26 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from faces import Face, find_fonts
 from PIL import Image, ImageDraw, ImageFont
-from render import Face, find_fonts
 
 from timm_bilinear.data.folder import create_split
 from timm_bilinear.tools.evaluate import evaluate_dataset
-from timm_bilinear.tools.inference import load
+from timm_bilinear.tools.inference import load, resolve_tta
 from timm_bilinear.tools.metrics import confused_pairs
+
+__all__ = ['Report', 'draw_confusions', 'measure', 'read_families']
 
 
 @dataclass
 class Report:
-    """Measurements on a test split.
+    """Measurements on the images of one renderer.
 
     Args:
         images: Number of images.
         fonts: Number of fonts they are set in.
         families: Number of these fonts' families.
         top1: Images whose font was named, in percent.
+        top5: Images whose font was among the first five, in percent.
         family_top1: Images whose font's family was named, in percent.
+        error: Standard error of `top1`, in percent.
         parameters: Number of the model's parameters.
+        kinds: Number of images and `top1`, by kind.
         confusions: Pairs of fonts in alphabetical order, with the number of images of either taken for the other.
     """
 
@@ -37,8 +45,11 @@ class Report:
     fonts: int
     families: int
     top1: float
+    top5: float
     family_top1: float
+    error: float
     parameters: int
+    kinds: Dict[str, Tuple[int, float]]
     confusions: List[Tuple[Tuple[str, str], int]]
 
 
@@ -48,12 +59,13 @@ def read_families(images: Path) -> Dict[str, str]:
     return {name: faces[0]['path'].split('/')[0] for name, faces in fonts.items()}
 
 
-def measure(model_dir: Path, images: Path) -> Report:
-    """Measure a saved model, under bfloat16 autocast where the CPU has it, as it was trained.
+def measure(model_dir: Path, images: Path, families: Dict[str, str]) -> Report:
+    """Measure a saved model with the views that `predict` takes, under bfloat16 autocast where the CPU has it.
 
     Args:
         model_dir: Folder with config.json and model.safetensors.
-        images: Folder rendered by build.py.
+        images: Folder with a folder `test`, which has a folder per font.
+        families: Family of each font.
 
     Raises:
         FileNotFoundError: If the images are not there.
@@ -63,24 +75,31 @@ def measure(model_dir: Path, images: Path) -> Report:
     names = list(model.pretrained_cfg.get('label_names') or ())
     if not names:
         raise ValueError(f"The config.json in '{model_dir}' has no label_names.")
-    families = read_families(images)
     test = create_split(images, 'test', class_names=names).splits['test']
-    result = evaluate_dataset(model, test, names, batch_size=64)
-    targets, guesses = result.images.targets.tolist(), result.images.predictions.tolist()
+    # as `predict` does it by default
+    result = evaluate_dataset(model, test, names, tta=resolve_tta(model, 'auto'), batch_size=32).images
+    targets, guesses = result.targets.tolist(), result.predictions.tolist()
     fonts = {names[target] for target in targets}
     # the model may know fonts, and so families, that these images do not show
-    right = [families[names[target]] == families.get(names[guess]) for target, guess in zip(targets, guesses)]
+    is_family = [families[names[target]] == families.get(names[guess]) for target, guess in zip(targets, guesses)]
+    by_kind: Dict[str, List[bool]] = {}
+    for path, target, guess in zip(test.paths, targets, guesses):
+        by_kind.setdefault(Path(path).stem.split('_')[0], []).append(target == guess)
+    top1 = (result.targets == result.predictions).double().mean().item()
     return Report(
         len(targets),
         len(fonts),
         len({families[name] for name in fonts}),
-        result.metrics['top1'],
-        100 * sum(right) / len(right),
+        100 * top1,
+        100 * (result.ranks <= 5).double().mean().item(),
+        100 * sum(is_family) / len(is_family),
+        100 * (top1 * (1 - top1) / len(targets)) ** 0.5,
         sum(p.numel() for p in model.parameters()),
+        {kind: (len(right), 100 * sum(right) / len(right)) for kind, right in sorted(by_kind.items())},
         sorted(
             (
                 (tuple(sorted((names[a], names[b]))), sum(errors))
-                for (a, b), errors in confused_pairs(result.images.targets, result.images.predictions)
+                for (a, b), errors in confused_pairs(result.targets, result.predictions)
             ),
             key=lambda item: (-item[1], item[0]),
         ),
@@ -121,19 +140,23 @@ def draw_confusions(report: Report, fonts: Dict[str, List[Face]], count: int = 1
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', type=Path, help='folder with config.json and model.safetensors')
-    parser.add_argument('images', type=Path, help='folder rendered by build.py')
-    parser.add_argument('fonts', type=Path, help='folder of the fonts')
-    parser.add_argument('--picture', type=Path, help='file for the picture of the most confused fonts')
+    parser.add_argument('fonts', type=Path, help='folder of the fonts, one per family')
+    parser.add_argument('images', type=Path, nargs='+', help='folders of images, one per renderer')
+    parser.add_argument('--picture', type=Path, help='file for the picture of the fonts confused most in the first')
     args = parser.parse_args()
     try:
-        fonts = find_fonts(args.fonts)[0]
-        report = measure(args.model, args.images)
-        print(f'{report.images} images of {report.fonts} fonts, {report.parameters:,} parameters')
-        print(f'top-1 {report.top1:.2f} %, family top-1 {report.family_top1:.2f} %')
-        for (a, b), errors in report.confusions[:10]:
+        fonts, families, _ = find_fonts(args.fonts)
+        reports = [measure(args.model, images, families) for images in args.images]
+        for images, report in zip(args.images, reports):
+            print(f'{images}: {report.images} images of {report.fonts} fonts, {report.parameters:,} parameters')
+            print(f'  top-1 {report.top1:.2f} +- {report.error:.2f} %, top-5 {report.top5:.2f} %,', end=' ')
+            print(f'family top-1 {report.family_top1:.2f} %')
+            for kind, (count, top1) in report.kinds.items():
+                print(f'  {kind}: {top1:.2f} % of {count}')
+        for (a, b), errors in reports[0].confusions[:10]:
             print(f'{errors:4d} {a} / {b}')
         if args.picture:
-            draw_confusions(report, fonts).save(args.picture)
+            draw_confusions(reports[0], fonts).save(args.picture)
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'report.py: error: {e}')
 

@@ -1,17 +1,18 @@
-"""Text to render: sentences in the manner of running text, numbers, dollar amounts and percentages.
+"""Text to train and validate on: running prose cut anywhere, made-up words, capitals, names, single words, numbers.
 
-The proportions are those of GoogleFontsBench (https://arxiv.org/abs/2602.13889). Every text belongs to one split only,
-and sentences of the test split are made of nouns, names, verbs and adjectives that no other split uses.
+Every piece belongs to one split only: a fifth of the vocabulary, of the made-up words and of the numbers is kept for
+validation. The texts of hub/fonts/protocol.py, chromium.py and pango.py come from elsewhere.
 """
 
 import random
 import zlib
-from typing import Dict, List
+from typing import Callable, Dict, List
 
-__all__ = ['CHARACTERS', 'SPLITS', 'random_text']
+__all__ = ['CHARACTERS', 'KINDS', 'SPLITS', 'random_kind', 'random_text']
 
-SPLITS = ('train', 'val', 'test')
+SPLITS = ('train', 'val')
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:?!'-$%"  # a font must have them
+_MARKS = '()/&"#*+@=\u2013\u2014\u2026\u201c'  # most fonts have these too; what a font lacks is left out
 
 _NAMES = """
 Agnes Boris Clara Dmitri Elena Felix Greta Hugo Irene Jakob Katya Liam Mirka Nadia Oscar Priya Quentin Rosa Stefan
@@ -75,62 +76,151 @@ _SENTENCES = (
 )
 
 
-def _vocabulary() -> Dict[bool, Dict[str, List[str]]]:
-    """Words by kind, for the test split (True) and the others (False)."""
-    vocabulary: Dict[bool, Dict[str, List[str]]] = {False: {}, True: {}}
+_ONSETS = """
+b br c ch cl cr d dr f fl fr g gl gr h j k kn l m n p ph pl pr qu r s sc sh sk sl sm sp st str sw t th tr tw v w wh wr y
+z
+""".split()
+_VOWELS = 'a a e e i i o o u ai au ea ee ei ie io oa oo ou ui y'.split()
+_CODAS = (
+    """
+ck ct d dd f ff ft g gg gh k l ld ll lm lt m mp n nd ng nk nt p pt r rb rd rk rm rn rt s sh ss st t th tt v w x z zz
+""".split()
+    + [''] * 6
+)
+
+
+def _is_kept_for_val(piece: str) -> bool:
+    return zlib.crc32(piece.encode()) % 5 == 0
+
+
+def _vocabulary() -> Dict[str, Dict[str, List[str]]]:
+    """Words of either split, by kind."""
+    vocabulary: Dict[str, Dict[str, List[str]]] = {split: {} for split in SPLITS}
     for kind, words in (('n', _NOUNS), ('N', _NAMES), ('v', _VERBS), ('a', _ADJECTIVES)):
-        words = sorted(set(words))
-        random.Random(0).shuffle(words)
-        cut = len(words) // 5
-        vocabulary[True][kind], vocabulary[False][kind] = words[:cut], words[cut:]
+        for split in SPLITS:
+            vocabulary[split][kind] = [w for w in sorted(set(words)) if _is_kept_for_val(w) == (split == 'val')]
     return vocabulary
 
 
 _VOCABULARY = _vocabulary()
 
 
+def _of_split(split: str, draw: Callable[[], str]) -> str:
+    """The first draw that belongs to the split."""
+    while True:
+        piece = draw()
+        if _is_kept_for_val(piece) == (split == 'val'):
+            return piece
+
+
 def _sentence(split: str, rng: random.Random) -> str:
-    words = _VOCABULARY[split == 'test']
-    text = ''
-    while not 20 <= len(text) <= 100:
-        text = rng.choice(_SENTENCES)
-        for kind in ('n', 'N', 'v', 'a'):
-            while f'{{{kind}}}' in text:
-                text = text.replace(f'{{{kind}}}', rng.choice(words[kind]), 1)
-        text = text.replace('{d}', str(rng.randrange(2, 1000)))
-    return text
+    text = rng.choice(_SENTENCES)
+    for kind, words in _VOCABULARY[split].items():
+        while f'{{{kind}}}' in text:
+            text = text.replace(f'{{{kind}}}', rng.choice(words), 1)
+    while '{d}' in text:
+        text = text.replace('{d}', _integer(split, rng), 1)
+    if rng.random() < 0.15:
+        mark = rng.choice(_MARKS)
+        pair = {'(': '()', ')': '()', '"': '""', '*': '**', '\u201c': '\u201c\u201d'}
+        left, right = pair.get(mark, (f'{mark} ', ''))
+        words = text.split(' ')
+        at = rng.randrange(len(words))
+        words[at] = f'{left}{words[at]}{right}'
+        text = ' '.join(words)
+    return text.replace("'", '\u2019') if rng.random() < 0.4 else text
 
 
-def _number(rng: random.Random) -> str:
-    value = 10 ** rng.uniform(1, 7)
-    return f'{value:,.{rng.choice((0, 0, 1, 2))}f}'
+def _made_up_word(split: str, rng: random.Random) -> str:
+    def draw() -> str:
+        syllables = range(rng.choice((1, 1, 2, 2, 3)))
+        return ''.join(rng.choice(part) for _ in syllables for part in (_ONSETS, _VOWELS, _CODAS))
+
+    return _of_split(split, draw)
 
 
-def _candidate(split: str, index: int, rng: random.Random) -> str:
-    kind = index % (23 if split == 'train' else 8)  # 25 of 575 and 5 of 40 of each kind but sentences
-    if kind == 0:
-        return _number(rng)
-    if kind == 1:
-        return f'${_number(rng)}'
-    if kind == 2:
-        return f'{rng.uniform(0, 100):.{rng.choice((1, 2, 3))}f}%'
-    return _sentence(split, rng)
+def _made_up_words(split: str, rng: random.Random) -> str:
+    words = [_made_up_word(split, rng) for _ in range(rng.randrange(3, 12))]
+    return ' '.join([words[0].capitalize(), *words[1:]]) + rng.choice('....,;:?!-')
 
 
-def random_text(split: str, index: int, rng: random.Random) -> str:
+def _integer(split: str, rng: random.Random) -> str:
+    return _of_split(split, lambda: str(rng.randrange(1, 10 ** rng.randrange(1, 8))))
+
+
+def _number(split: str, rng: random.Random) -> str:
+    """A number as prices, tables, dates and clocks have it."""
+    style = rng.randrange(8)
+    integer = _integer(split, rng)
+    if style < 3:
+        return integer
+    if style < 5:
+        return f'{int(integer):,}' + rng.choice(('', f'.{rng.randrange(100):02d}'))
+    if style == 5:
+        return f'{rng.randrange(100)}.{integer}'
+    if style == 6:
+        return f'{rng.randrange(24)}:{rng.randrange(60):02d}'
+    return (
+        f'{rng.randrange(1, 32)}{rng.choice("./-")}{rng.randrange(1, 13)}{rng.choice("./-")}{rng.randrange(1900, 2100)}'
+    )
+
+
+def _percentage(split: str, rng: random.Random) -> str:
+    return f'{int(_integer(split, rng)) % 101}{rng.choice(("", "", f".{rng.randrange(100)}"))}%'
+
+
+def _name(split: str, rng: random.Random) -> str:
+    return ' '.join(rng.choice(_VOCABULARY[split]['N']) for _ in range(rng.choice((1, 2, 2))))
+
+
+def _single_word(split: str, rng: random.Random) -> str:
+    word = rng.choice(_VOCABULARY[split][rng.choice('nva')]) if rng.random() < 0.5 else _made_up_word(split, rng)
+    return rng.choice((str.lower, str.lower, str.capitalize, str.upper))(word)
+
+
+# kind of text, its share of images, what it is strung together of, and what stands between
+_KINDS = {
+    'prose': (40, _sentence, ' '),
+    'made-up words': (10, _made_up_words, ' '),
+    'capitals': (8, lambda split, rng: rng.choice((_sentence, _made_up_words))(split, rng).upper(), ' '),
+    'names': (6, _name, ', '),
+    'words': (8, _single_word, ' '),
+    'numbers': (14, _number, ' '),
+    'dollars': (7, lambda split, rng: f'${_number(split, rng)}', ' '),
+    'percentages': (7, _percentage, ' '),
+}
+KINDS = tuple(_KINDS)
+
+
+def random_kind(rng: random.Random) -> str:
+    """A kind of text; numbers of one sort or another are 28 of 100."""
+    return rng.choices(KINDS, [share for share, _, _ in _KINDS.values()])[0]
+
+
+def random_text(split: str, kind: str, length: int, rng: random.Random) -> str:
     """A text of the split.
 
     Args:
-        split: 'train', 'val' or 'test'.
-        index: Number of the image within its class, which decides between sentence, number, dollars and percentage: one
-            in 23 of the latter three each in training, one in 8 in the others.
+        split: 'train' or 'val'.
+        kind: One of `KINDS`.
+        length: Characters at least, of which running prose is cut to exactly as many, inside words too.
         rng: Source of everything else.
 
     Returns:
-        Text of `CHARACTERS` and spaces, a sentence of 20 to 100 characters or a number.
+        Text of letters, numbers, punctuation and single spaces.
+
+    Raises:
+        ValueError: If there is no such split or kind.
     """
-    while True:
-        text = _candidate(split, index, rng)
-        # the text itself says which split it belongs to: a tenth each to val and test
-        if SPLITS[{0: 1, 1: 2}.get(zlib.crc32(text.encode()) % 10, 0)] == split:
-            return text
+    if split not in SPLITS or kind not in _KINDS:
+        raise ValueError(f'No texts of split {split!r} and kind {kind!r}.')
+    _, draw, between = _KINDS[kind]
+    pieces = [draw(split, rng)]
+    if kind in ('prose', 'made-up words', 'capitals'):
+        offset = rng.randrange(len(pieces[0]))
+        while sum(map(len, pieces)) + len(pieces) < offset + length + 2:
+            pieces.append(draw(split, rng))
+        return between.join(pieces)[offset : offset + length].strip() or pieces[0]
+    while sum(map(len, pieces)) + len(between) * len(pieces) <= length:
+        pieces.append(draw(split, rng))
+    return between.join(pieces)

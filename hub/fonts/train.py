@@ -1,43 +1,215 @@
-"""Train bcnn_resnet18_c4.googlefonts on a folder rendered by build.py.
+"""Train the font classifier on images rendered while it trains, every one of them new.
 
-python hub/fonts/train.py images run
+    python hub/fonts/train.py fonts run --start hub/FOLDER --steps 20000
+
+The learning rate rises over the first steps, stays, and falls to nothing over the last quarter. What counts is the
+moving average of the weights, saved as a model in the run's folder; a run that was cut off goes on where it was.
 """
 
 import argparse
+import os
+import random
+import signal
 import sys
+import time
 from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
 
-import yaml
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from faces import Face, find_fonts
+from render import random_image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from timm_bilinear.tools.finetune import Interrupted, Stage, finetune
+from timm_bilinear.hub import save_model
+from timm_bilinear.tools.inference import autocast, resolve_amp_dtype
+from timm_bilinear.tools.interrupt import Terminated, catch_sigterm
+
+# Preprocessing of the published weights: an image of any shape is padded, never cut.
+DATA_CONFIG = dict(
+    input_size=(3, 224, 224),
+    interpolation='bicubic',
+    crop_pct=1.0,
+    crop_mode='border',
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+)
+_SIZE = 112  # of the images that the size of a batch is told in
+
+
+class RenderedBatches(Dataset):
+    """Batches of newly rendered images of one size each; the same index gives the same batch.
+
+    Args:
+        fonts: Faces by class; each image takes one of its class.
+        split: 'train' or 'val', of texts.
+        sizes: Heights and widths of images in pixels, which the batches take in turn.
+        batch_size: Images of 112 px in a batch; of other sizes there are as many as have as many pixels.
+        count: Number of batches.
+        seed: Seed of everything random.
+    """
+
+    def __init__(
+        self,
+        fonts: Dict[str, List[Face]],
+        split: str,
+        sizes: Sequence[int],
+        batch_size: int,
+        count: int,
+        seed: int = 0,
+    ):
+        self.faces = [fonts[name] for name in sorted(fonts)]
+        self.split = split
+        self.sizes = list(sizes)
+        self.batch_size = batch_size
+        self.count = count
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) images of uint8 and (B,) classes."""
+        rng = random.Random(f'{self.seed}/{self.split}/{index}')
+        size = self.sizes[index % len(self.sizes)]
+        labels = [rng.randrange(len(self.faces)) for _ in range(max(2, round(self.batch_size * _SIZE**2 / size**2)))]
+        images = [np.asarray(random_image(rng.choice(self.faces[i]), self.split, rng, size)) for i in labels]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def _normalise(images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return images.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate."""
+    return min(1.0, (step + 1) / min(500, 0.1 * steps), (steps - step) / (0.25 * steps))
+
+
+def _create_optimizer(net: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
+    streams = [p for name, p in net.named_parameters() if not name.startswith('head.')]
+    groups = [
+        dict(params=list(net.head.parameters()), lr=head_lr, weight_decay=0.0),
+        dict(params=[p for p in streams if p.ndim > 1], lr=lr, weight_decay=0.05),
+        dict(params=[p for p in streams if p.ndim <= 1], lr=lr, weight_decay=0.0),
+    ]
+    return create_optimizer_v2(groups, opt='adamw', lr=lr, fused=True)
+
+
+def _validate(net: nn.Module, loader: DataLoader, amp_dtype) -> float:
+    correct = count = 0
+    with torch.inference_mode(), autocast(torch.device('cpu'), amp_dtype):
+        for images, labels in loader:
+            correct += (net(_normalise(images)).argmax(1) == labels).sum().item()
+            count += len(labels)
+    return 100 * correct / count
+
+
+def train(args: argparse.Namespace):
+    """Train until the last step."""
+    fonts = find_fonts(args.fonts)[0]
+    names = sorted(fonts)
+    torch.manual_seed(args.seed)
+    if args.start:
+        net = timm.create_model(f'local-dir:{args.start}', pretrained=True)
+        if list(net.pretrained_cfg.get('label_names') or ()) != names:
+            net.reset_classifier(len(names))
+    else:
+        net = timm.create_model(args.model, num_classes=len(names))
+    net = net.to(memory_format=torch.channels_last)
+    optimizer = _create_optimizer(net, args.lr, args.head_lr)
+    peaks = [group['lr'] for group in optimizer.param_groups]
+    average = ModelEmaV3(net, decay=0.9995, use_warmup=True)
+    amp_dtype = resolve_amp_dtype('auto', torch.device('cpu'))
+    args.run.mkdir(parents=True, exist_ok=True)
+    file = args.run / 'last.pth.tar'
+    begin = 0
+    if file.is_file():
+        state = torch.load(file, weights_only=True)
+        net.load_state_dict(state['net'])
+        average.module.load_state_dict(state['average'])
+        optimizer.load_state_dict(state['optimizer'])
+        begin = state['step']
+
+    def save(step: int):
+        state = dict(step=step, net=net.state_dict(), average=average.module.state_dict())
+        partial = file.with_suffix('.partial')
+        torch.save(dict(state, optimizer=optimizer.state_dict()), partial)
+        os.replace(partial, file)
+        save_model(average.module.eval(), args.run / 'model', label_names=names, data_config=DATA_CONFIG)
+
+    batches = RenderedBatches(fonts, 'train', args.sizes, args.batch_size, args.steps, args.seed)
+    options = dict(batch_size=None, num_workers=args.workers, worker_init_fn=_leave_signals)
+    validation = DataLoader(RenderedBatches(fonts, 'val', (160,), args.batch_size, args.val_batches), **options)
+    if begin == args.steps:
+        print(f"'{args.run}' is done")
+        return
+    net.train()
+    saved, seen, correct, total, began = time.monotonic(), 0, 0, 0.0, time.monotonic()
+    loader = DataLoader(batches, sampler=range(begin, args.steps), prefetch_factor=4, **options)
+    for step, (images, labels) in enumerate(loader, begin):
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group['lr'] = peak * _rate(step, args.steps)
+        with autocast(torch.device('cpu'), amp_dtype):
+            logits = net(_normalise(images)).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update(net, step=step + 1)
+        seen, total = seen + len(labels), total + loss.item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+        if time.monotonic() - saved > 60 * args.save_minutes:
+            save(step + 1)
+            speed = seen / (time.monotonic() - began)
+            top1 = _validate(average.module.eval(), validation, amp_dtype)
+            print(
+                f'step {step + 1}/{args.steps}, loss {total / seen:.3f}, in training {100 * correct / seen:.1f} %,'
+                f' average on new texts {top1:.1f} %, {speed:.0f} images/s',
+                flush=True,
+            )
+            saved, seen, correct, total, began = time.monotonic(), 0, 0, 0.0, time.monotonic()
+    save(args.steps)
+    print(f"top-1 on new texts {_validate(average.module.eval(), validation, amp_dtype):.1f} %: '{args.run}/model'")
+
+
+def _leave_signals(_: int):
+    """Loader processes leave Ctrl-C to the one that trains, which ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', type=Path, help='folder rendered by build.py')
+    parser.add_argument('fonts', type=Path, help='folder of fonts, see build.py')
     parser.add_argument('run', type=Path, help='folder for the run; one that was cut off is continued')
-    parser.add_argument('--epochs', type=int, default=9, help='(default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=2, help='loader processes (default: %(default)s)')
+    parser.add_argument('--start', type=Path, help='folder of a model to start from (default: none)')
+    parser.add_argument('--model', default='bcnn_resnet18_c4', help='model without a start (default: %(default)s)')
+    parser.add_argument('--steps', type=int, default=20_000, help='batches (default: %(default)s)')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[112, 160], help='sizes in turn (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=64, help='images of 112 px (default: %(default)s)')
+    parser.add_argument('--lr', type=float, default=1e-3, help='of the streams, AdamW (default: %(default)s)')
+    parser.add_argument('--head-lr', type=float, default=1e-2, help='of the classifier (default: %(default)s)')
+    parser.add_argument('--val-batches', type=int, default=24, help='of 31 images (default: %(default)s)')
+    parser.add_argument('--save-minutes', type=float, default=5, help='between checkpoints (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=2, help='processes that render (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
     args = parser.parse_args()
-    recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
     try:
-        metrics = finetune(
-            args.images,
-            args.run,
-            model='bcnn_resnet18_c4',
-            batch_size=64,
-            stages=[Stage(args.epochs, 'adamw', lr=1e-3, head_lr=1e-2, weight_decay=0.05)],
-            workers=args.workers,
-            seed=0,
-            resume=True,
-            **recipe,
-        )
+        with catch_sigterm():
+            train(args)
+    except KeyboardInterrupt as e:
+        print(f"train.py: stopped; the same command goes on from '{args.run}'", file=sys.stderr)
+        sys.exit(143 if isinstance(e, Terminated) else 130)
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         sys.exit(f'train.py: error: {e}')
-    except Interrupted as e:
-        print(f'train.py: {e}', file=sys.stderr)
-        sys.exit(e.exit_code)
-    print(metrics)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 import importlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +7,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import report as report_script
+from faces import demo_fonts
 from PIL import Image
-from render import demo_fonts
 
 SCRIPTS = Path(__file__).parents[2] / 'hub' / 'fonts'
-PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18_c4.googlefonts'
+PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18_c4.googlefonts378'
 
 
 def _run(script, *args, **kwargs):
@@ -21,6 +21,11 @@ def _run(script, *args, **kwargs):
 
 def _build(*args, **kwargs):
     return _run('build.py', *args, **kwargs)
+
+
+@pytest.fixture
+def call(call_main):
+    return lambda script, *args: call_main(importlib.import_module(script).main, *args)
 
 
 @pytest.fixture
@@ -47,12 +52,12 @@ def test_npm_families(tmp_path, npm):
     lobster = Path(demo_fonts()['lobster'][0].path)
     (tmp_path / 'fonts' / 'lobster').mkdir(parents=True)
     shutil.copy(lobster, tmp_path / 'fonts' / 'lobster')  # of another family than those asked for
-    small = ('--train', 2, '--val', 1, '--test', 1, '--size', 32, '--train-render', 64)
+    small = ('--train', 2, '--val', 1, '--test', 1, '--size', 32)
     done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'anton', *small, env=npm)
     assert done.returncode == 0 and done.stdout.startswith('1 fonts of 1 families'), done.stderr
     kept = sorted(p.name for p in (tmp_path / 'fonts' / 'anton').iterdir())
     assert kept == ['LICENSE', 'anton-latin-400-normal.woff2']
-    assert len(list((tmp_path / 'images').rglob('*.*g'))) == 4
+    assert len(list((tmp_path / 'images').rglob('*.png'))) == 4
 
     done = _build(tmp_path / 'fonts', tmp_path / 'images', '--npm', 'antonn', *small, env=npm)
     assert done.returncode == 1 and "the font family 'antonn': npm error not found" in done.stderr
@@ -68,14 +73,14 @@ def test_broken_font_is_reported(tmp_path):
 
 
 @pytest.fixture
-def images(tmp_path):
+def images(tmp_path, call):
     """Images of two fonts."""
     for name in ('anton', 'lobster'):
         (tmp_path / 'fonts' / name).mkdir(parents=True)
         path = Path(demo_fonts()[name][0].path)
         shutil.copy(path, tmp_path / 'fonts' / name / f'{name}-latin-400-normal{path.suffix}')
-    args = ('--train', 4, '--val', 1, '--test', 3, '--size', 64, '--train-render', 64)
-    assert _build(tmp_path / 'fonts', tmp_path / 'images', *args).returncode == 0
+    args = ('--train', 4, '--val', 1, '--test', 3, '--size', 64)
+    assert call('build', tmp_path / 'fonts', tmp_path / 'images', *args).returncode == 0
     return tmp_path / 'images'
 
 
@@ -88,71 +93,82 @@ def test_select(tmp_path, images):
     assert done.returncode == 1 and f"No font of '{tmp_path}/fonts' matches '*italic'" in done.stderr
 
 
-def test_confusions_of_fonts_that_are_not_there(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    report = importlib.import_module('report')
-    pair = (('anton', 'sigmar'), 3)
+def test_confusions_of_fonts_that_are_not_there():
+    report = report_script.Report(8, 2, 2, 50.0, 75.0, 50.0, 17.7, 1, {}, [(('anton', 'sigmar'), 3)])
     with pytest.raises(ValueError, match="no font 'sigmar'"):
-        report.draw_confusions(report.Report(8, 2, 2, 50.0, 50.0, 1, [pair]), demo_fonts())
+        report_script.draw_confusions(report, demo_fonts())
 
 
-def test_compare_and_report(tmp_path, images):
+def test_compare_and_report(tmp_path, images, monkeypatch, call):
+    compare = importlib.import_module('compare')
+    monkeypatch.setattr(compare, 'MODELS', [m for m in compare.MODELS if m[0].endswith('stage 3')])
     table = tmp_path / 'table.md'
     args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--start', PUBLISHED, '--table', table)
-    done = _run('compare.py', *args)
+    done = call('compare', *args)
     assert done.returncode == 0, done.stderr
     rows = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
-    assert [row[2] for row in rows] == ['11.2 M', '11.2 M', '2.8 M', '2.8 M', '11.3 M', '11.4 M', '2.8 M']
+    assert [row[2] for row in rows] == ['2.8 M']
 
     times = {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')}
-    done = _run('compare.py', *args)
-    assert done.returncode == 0, done.stderr
+    assert call('compare', *args).returncode == 0
     assert {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')} == times
-    done = _run('compare.py', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1)
-    assert (
-        done.returncode == 1
-        and "resnet18-average-pooling_0.001_0' was made with another epochs, start; give" in done.stderr
-    )
-    done = _run('compare.py', images, tmp_path / 'runs', '--seeds', 0)
+    done = call('compare', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1)
+    assert done.returncode == 1 and "_0' was made with another epochs, start; give" in done.stderr
+    done = call('compare', images, tmp_path / 'runs', '--seeds', 0)
     assert done.returncode == 2 and '--seeds must be at least 1' in done.stderr
 
     shutil.copy(demo_fonts()['inter'][0].path, tmp_path / 'fonts')  # not among the images
     picture = tmp_path / 'confusions.png'
-    done = _run(
-        'report.py',
-        tmp_path / 'runs' / 'bcnn_resnet18-to-stage-3_0.01_0',
-        images,
-        tmp_path / 'fonts',
-        '--picture',
-        picture,
-    )
-    assert done.returncode == 0, done.stderr
+    run = tmp_path / 'runs' / 'bcnn_resnet18-to-stage-3_0.01_0'
+    done = call('report', run, tmp_path / 'fonts', images, '--picture', picture)
     # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
-    assert f'6 images of 2 fonts, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout
-    assert Image.open(picture).getbbox()
+    assert f'6 images of 2 fonts, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout, done.stderr
+    assert '  sentence: ' in done.stdout and Image.open(picture).getbbox()
 
 
-def test_train_and_publish(tmp_path, images):
-    done = _run('train.py', images, tmp_path / 'run', '--epochs', 1)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def small_run(tmp_path, images):
+    """Arguments of a run of four steps."""
+    args = ('--steps', 4, '--batch-size', 1, '--sizes', 48, 64, '--workers', 1, '--val-batches', 1)
+    return (tmp_path / 'fonts', tmp_path / 'run', *args, '--save-minutes', 0)
 
-    # of the run in float32, so the card must not tell it
-    (tmp_path / 'run' / 'results.json').write_text('{"epoch": 0, "val_top1": 12.34, "test_top1": 12.34}')
-    args = (tmp_path / 'run', images, tmp_path / 'fonts', tmp_path / 'repo')
+
+def test_a_run_goes_on_exactly(tmp_path, small_run):
+    """Killed after any step, continued with the same command: the same weights as in one go."""
+    fonts, run, *args = small_run
+    done = _run('train.py', *small_run)
+    assert done.returncode == 0 and 'step 3/4, loss ' in done.stdout, done.stderr
+    expected = (run / 'model' / 'model.safetensors').read_bytes()
+    again = tmp_path / 'again'
+    command = [sys.executable, '-u', SCRIPTS / 'train.py', *map(str, (fonts, again, *args))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith('step 1/4')
+        process.kill()
+    assert (again / 'last.pth.tar').is_file()
+    assert (again / 'model' / 'model.safetensors').read_bytes() != expected
+    done = _run('train.py', fonts, again, *args)
+    assert done.returncode == 0 and 'step 1/4' not in done.stdout, done.stderr
+    assert (again / 'model' / 'model.safetensors').read_bytes() == expected
+    done = _run('train.py', fonts, again, *args)
+    assert done.returncode == 0 and 'step' not in done.stdout, done.stderr
+
+
+def test_publish(tmp_path, images, small_run, call):
+    assert call('train', *small_run).returncode == 0
+    args = (tmp_path / 'run' / 'model', tmp_path / 'fonts', tmp_path / 'repo', images)
     (tmp_path / 'fonts' / 'anton' / 'LICENSE').write_text('SIL Open Font License')
-    done = _run('publish.py', *args)
+    done = call('publish', *args)
     assert done.returncode == 1 and f"'{tmp_path}/fonts/lobster/LICENSE' is not there" in done.stderr
     assert not (tmp_path / 'repo').exists()
     (tmp_path / 'fonts' / 'lobster' / 'LICENSE').write_text('Apache License')
-    done = _run('publish.py', *args)
+    done = call('publish', *args)
     assert done.returncode == 0, done.stderr
     files = sorted(p.name for p in (tmp_path / 'repo').iterdir())
     assert files == ['README.md', 'config.json', 'confusions.png', 'model.safetensors']
     card = (tmp_path / 'repo' / 'README.md').read_text()
     assert '- Apache License 2.0: lobster\n- SIL Open Font License 1.1: anton\n' in card
-    assert 'Which of 2 fonts of 2 Google' in card and '6 images, 3 of each font.' in card
-    top1 = re.search(r'these weights.*?\| ([\d.]+) %', card)[1]
-    assert f'| top-1, test | {top1} % |' in card and 'validation' not in card
-    assert (tmp_path / 'repo' / 'model.safetensors').stat().st_size < 0.6 * os.path.getsize(
-        tmp_path / 'run' / 'model.safetensors'
-    )
+    assert 'Which of 2 fonts of 2 Google' in card
+    top1 = float(done.stdout.split('images: ')[1].split(' %')[0])
+    assert f'| images | 6 | {top1:.1f} ± ' in card and f'| top-1, test | {top1:.2f} % |' in card
+    sizes = [os.path.getsize(folder / 'model.safetensors') for folder in (tmp_path / 'repo', args[0])]
+    assert sizes[0] < 0.6 * sizes[1]

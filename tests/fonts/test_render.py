@@ -1,130 +1,167 @@
-import os
 import random
-import shutil
-from pathlib import Path
+from collections import Counter
+from dataclasses import fields, replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
-import render as fonts
-import torch
-from PIL import Image, ImageChops
-from texts import CHARACTERS, SPLITS, random_text
-from timm.data import create_loader
+from faces import demo_fonts
+from render import Layout, random_image, random_layout, render_text
+from texts import CHARACTERS, KINDS, SPLITS, random_kind, random_text
 
-from timm_bilinear.data.folder import create_datasets
+PLAIN = Layout(x_height=16, fit=False, fill=False, padding=None, anchor=(0.5, 0.5), lines=2, break_chance=1.0)
 
 
 @pytest.fixture(scope='module')
 def faces():
-    return fonts.demo_fonts()
+    return {name: choices[0] for name, choices in demo_fonts().items()}
 
 
-@pytest.fixture
-def folder(tmp_path, faces):
-    """Two families with a font each."""
-    for name in ('anton', 'lobster'):
-        path = Path(faces[name][0].path)
-        (tmp_path / 'fonts' / name).mkdir(parents=True)
-        shutil.copy(path, tmp_path / 'fonts' / name / f'{name}-latin-400-normal{path.suffix}')
-    return tmp_path / 'fonts'
+def _words(split):
+    texts = [random_text(split, kind, 400, random.Random(f'{kind}{i}')) for kind in KINDS for i in range(60)]
+    return {word.strip('.,;:?!()*"').lower() for text in texts for word in text[5:-5].split(' ')[1:-1]}
 
 
-def test_texts_of_splits_are_disjoint():
-    texts = {s: {random_text(s, i, random.Random(f'{s}{i}')) for i in range(1150)} for s in SPLITS}
-    assert all(len(texts[s]) > 1000 for s in SPLITS)
-    assert not (texts['train'] & texts['val'] or texts['train'] & texts['test'] or texts['val'] & texts['test'])
-    assert set(''.join(''.join(t) for t in texts.values())) <= {*CHARACTERS, ' '}
+def test_words_of_splits_are_disjoint():
+    train, val = (_words(split) for split in SPLITS)
+    # 'the', and prices and percentages, of which there are few, are in both
+    shared = {word for word in train & val if word.isalpha() and len(word) > 6}
+    assert not shared and min(len(train), len(val)) > 500
 
 
-def test_texts_have_the_protocols_mix():
-    train = [random_text('train', i, random.Random(i)) for i in range(575)]
-    assert [sum(f(t) for t in train) for f in (lambda t: t[0] == '$', lambda t: t[-1] == '%')] == [25, 25]
-    sentences = [t for t in train if any(c.isalpha() for c in t)]
-    assert len(sentences) == 500 and all(20 <= len(t) <= 100 for t in sentences)
+@pytest.mark.parametrize('kind', KINDS)
+def test_texts(kind):
+    texts = [random_text('train', kind, length, random.Random(length)) for length in range(1, 200)]
+    assert all(text and text == text.strip() for text in texts)
+    if kind in ('prose', 'made-up words', 'capitals'):
+        assert all(len(text) <= length for length, text in enumerate(texts, 1) if length > 50)
+    assert len(set(texts)) > 190
 
 
-def test_every_image_has_its_font_and_contrast(faces):
-    images = {}
-    for name, choices in faces.items():
-        images[name] = fonts.render_text(choices[0], 'Bridge and quick 37', random.Random(3), render=448, noise=0)
-        assert images[name].height == 224
-        grey = images[name].convert('L').getextrema()
-        assert grey[1] - grey[0] >= 79  # of 80, less the rounding of luminance
-    names = list(images)
-    assert len(names) == 12
-    for i, a in enumerate(names):
-        for b in names[:i]:
-            assert images[a].size != images[b].size or ImageChops.difference(images[a], images[b]).getbbox()
+def test_texts_have_numbers_and_every_character():
+    rng = random.Random(0)
+    kinds = Counter(random_kind(rng) for _ in range(2000))
+    assert set(kinds) == set(KINDS)
+    assert sum(kinds[kind] for kind in ('numbers', 'dollars', 'percentages')) >= 2000 / 5
+    assert set(CHARACTERS) <= set(''.join(random_text('train', kind, 3000, rng) for kind in KINDS for _ in range(9)))
 
 
-def test_noise_and_padding(faces):
-    face = faces['inter'][0]
-    clean = fonts.render_text(face, 'Level 12', random.Random(0), render=448, noise=0)
-    noisy = fonts.render_text(face, 'Level 12', random.Random(0), render=448)
-    pixels = [torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).float() for x in (clean, noisy)]
-    middle = (pixels[0] > 90) & (pixels[0] < 165)  # where nothing is clipped
-    if middle.any():
-        assert (pixels[1] - pixels[0])[middle].std().item() == pytest.approx(25.5, rel=0.05)
-    assert (pixels[1] - pixels[0]).std() > 10
-    square = fonts.pad_square(Image.new('RGB', (100, 40), 'white'), 50)
-    assert square.size == (50, 50) and square.getpixel((25, 2)) == (0, 0, 0) and square.getpixel((25, 25)) == (255,) * 3
+@pytest.mark.parametrize('split, kind', [('test', 'prose'), ('train', 'poems')])
+def test_texts_that_are_not_there(split, kind):
+    with pytest.raises(ValueError, match=f"'{split}' and kind '{kind}'"):
+        random_text(split, kind, 10, random.Random(0))
 
 
-def test_dataset_in_timms_loader(faces):
-    few = {k: faces[k] for k in ('anton', 'lobster')}
-    dataset = fonts.FontDataset(few, 'train', 4, size=32, render=64)
-    assert len(dataset) == 8 and dataset.image(5).tobytes() == dataset.image(5).tobytes()
-    loader = create_loader(dataset, (3, 32, 32), 8, use_prefetcher=False, num_workers=2)
-    images, targets = next(iter(loader))
-    assert images.shape == (8, 3, 32, 32) and targets.tolist() == [0] * 4 + [1] * 4
-    with pytest.raises(ValueError, match="'split' must be one of train, val, test"):
-        fonts.FontDataset(few, 'valid', 4)
+def test_layouts_cover_what_images_have():
+    layouts = [random_layout(random.Random(i)) for i in range(4000)]
+    values = {field.name: [getattr(layout, field.name) for layout in layouts] for field in fields(Layout)}
+    for name, low, high in (('x_height', 6, 60), ('pitch', 0.9, 2.0), ('noise', 0, 25.5), ('lines', 1, 12)):
+        assert low <= min(values[name]) < low + 0.1 * (high - low) and high * 0.95 < max(values[name]) <= high, name
+    contrast = [np.dot(np.subtract(a.ink, a.background), (0.299, 0.587, 0.114)) for a in layouts]
+    assert 0.35 < np.mean(np.array(contrast) > 0) < 0.65 and 0.1 < np.mean(np.abs(contrast) < 80) < 0.3
+    assert np.abs(contrast).min() >= 30
+    for name, value in (('kerning', False), ('fit', False), ('oversampling', 1.0), ('padding', (0.0, 0.0, 0.0))):
+        assert 0.1 < sum(v == value for v in values[name]) / len(layouts) < 0.7, name
+    assert sum(values['subpixel']) > 20 and sum(q is not None for q in values['jpeg']) > 800
+    assert np.std(values['degrees']) > 0.5 and set(values['align']) == {0, 0.5, 1} and len(set(values['kernel'])) == 5
 
 
-def test_image_folder_is_deterministic_and_resumable(tmp_path, folder):
-    classes, families, skipped = fonts.find_fonts(folder)
-    assert families == {'anton-latin-400-normal': 'anton', 'lobster-latin-400-normal': 'lobster'} and not skipped
-    args = dict(fonts=classes, counts=dict(train=3, val=2, test=1), size=32, train_render=64, workers=2)
-    root = fonts.render_dataset(tmp_path / 'a', **args)
-    assert {k: len(v) for k, v in create_datasets(root).splits.items()} == {'train': 6, 'val': 4, 'test': 2}
-
-    again = fonts.render_dataset(tmp_path / 'b', **args)
-    files = sorted(p.relative_to(root) for p in root.rglob('*.*g'))
-    assert len(files) == 12
-    (again / files[0]).unlink()
-    kept = os.stat(again / files[1]).st_mtime_ns
-    fonts.render_dataset(again, **args)
-    assert os.stat(again / files[1]).st_mtime_ns == kept
-    for file in files:
-        assert (root / file).read_bytes() == (again / file).read_bytes()
-
-    with pytest.raises(ValueError, match='other arguments or fonts'):
-        fonts.render_dataset(root, **dict(args, seed=1))
-    with pytest.raises(ValueError, match=r'no fonts\.json'):
-        fonts.render_dataset(folder, **args)
+def _baselines(pixels):
+    """Rows below which lines of 'HHH' end, in black on white."""
+    dark = (pixels < 128).any(1)
+    return [row for row, (above, below) in enumerate(pairwise(dark)) if above and not below]
 
 
-def test_bad_fonts_are_skipped_by_name(tmp_path, folder):
-    (folder / 'anton' / 'broken.woff2').write_bytes(b'wOF2 no font')
-    classes, _, skipped = fonts.find_fonts(folder)
-    assert len(classes) == 2 and len(skipped) == 1 and 'broken.woff2' in skipped[0]
-    with pytest.raises(FileNotFoundError, match='nowhere'):
-        fonts.find_fonts(tmp_path / 'nowhere')
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(ValueError, match='no usable font'):
-        fonts.find_fonts(tmp_path / 'empty')
+@pytest.mark.parametrize('pitch', [1.0, 1.2, 1.7])
+def test_pitch_of_lines_is_not_the_fonts(faces, pitch):
+    """The distance of lines is told by the ink alone, whatever ascent and descent a font has."""
+    for name, face in faces.items():
+        image = render_text(face, 'HHH HHH', replace(PLAIN, pitch=pitch, x_height=12), 112)
+        rows = _baselines(np.asarray(image.convert('L')))
+        assert len(rows) == 2, name
+        assert rows[1] - rows[0] == pytest.approx(pitch * face.line_height * 12 / face.x_height, abs=1.1), name
 
 
-@pytest.mark.parametrize('name', ['anton', 'inter'])  # Inter has signs of its own in the private use area
-def test_missing_characters_are_named(faces, monkeypatch, name):
-    fonts.check_face(faces[name][0])
-    monkeypatch.setattr(fonts, 'CHARACTERS', CHARACTERS + '漢')
-    with pytest.raises(ValueError, match=r'has no 漢$'):
-        fonts.check_face(faces[name][0])
+def test_size_of_letters_is_not_the_fonts(faces):
+    for name, face in faces.items():
+        image = render_text(face, 'xxx', replace(PLAIN, x_height=40, lines=1), 112)
+        rows = np.flatnonzero((np.asarray(image.convert('L')) < 128).any(1))
+        assert rows[-1] - rows[0] + 1 == pytest.approx(40, abs=1.6), name
 
 
-@pytest.mark.parametrize('bad', [dict(size=0), dict(train_render=0), dict(counts=dict(train=-3))])
-def test_bad_sizes_leave_nothing(tmp_path, faces, bad):
-    args = dict(dict(counts=dict(train=1), size=32, train_render=64), **bad)
-    with pytest.raises(ValueError, match=f"'{'train' if 'counts' in bad else next(iter(bad))}' must be at least 1"):
-        fonts.render_dataset(tmp_path / 'images', {'anton': faces['anton']}, **args)
-    assert not (tmp_path / 'images').exists()
+CHANGES = dict(
+    x_height=20,
+    pitch=1.6,
+    by_ink=True,
+    wrap=0.3,
+    lines=1,
+    break_chance=0.0,
+    align=1.0,
+    kerning=False,
+    tracking=0.2,
+    oversampling=1.0,
+    mono=True,
+    kernel='BOX',
+    blur=1.0,
+    degrees=4.0,
+    perspective=0.05,
+    fit=True,
+    fill=False,
+    anchor=(0.1, 0.2),
+    margin=1.0,
+    padding=(9.0, 9.0, 9.0),
+    ink=(0.0, 90.0, 0.0),
+    background=(200.0, 255.0, 255.0),
+    linear=True,
+    gradient=40.0,
+    texture=20.0,
+    noise=20.0,
+    jpeg=30,
+)
+
+
+@pytest.mark.parametrize('name', [field.name for field in fields(Layout)])
+def test_every_part_of_a_layout_is_drawn(faces, name):
+    base = replace(PLAIN, x_height=11, wrap=0.8, break_chance=0.0, lines=4)
+    if name in ('fill', 'margin', 'padding'):
+        base = replace(base, fit=True, fill=True)
+    if name == 'break_chance':
+        base = replace(base, break_chance=1.0)
+    changed = dict(subpixel=True) if name == 'subpixel' else {name: CHANGES[name]}
+    if name == 'subpixel':
+        base = replace(base, oversampling=3.0)
+    text = 'AVAT To yon gate 37%, Wy.'
+    images = [render_text(faces['open-sans'], text, replace(base, **kwargs), 112) for kwargs in ({}, changed)]
+    assert images[0].tobytes() != images[1].tobytes()
+    assert all(image.size == (112, 112) and image.mode == 'RGB' for image in images)
+
+
+def test_subpixels_have_no_colour_on_the_whole(faces):
+    """Black text on white: the mean of red, green and blue is one grey, the edges are not."""
+    layout = replace(PLAIN, oversampling=3.0, subpixel=True)
+    pixels = np.asarray(render_text(faces['inter'], 'Hill mill', layout, 112), dtype=np.float32)
+    assert np.ptp(pixels.mean((0, 1))) < 0.5 and np.ptp(pixels, axis=2).max() > 40
+
+
+def test_a_block_shown_whole_is_whole(faces):
+    """Its ink is that of the same text with any other anchor, and beyond its margin there is the padding's colour."""
+    ink = []
+    for anchor in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        layout = replace(Layout(), fill=False, x_height=9.0, padding=(255.0, 0.0, 0.0), anchor=anchor)
+        pixels = np.asarray(render_text(faces['inter'], 'Two lines of it', layout, 112), dtype=np.float32)
+        is_padding = (pixels == (255, 0, 0)).all(2)
+        ink.append((255 - pixels[~is_padding][:, 0]).sum() / 255)
+        corner = {(0.0, 0.0): (-1, -1), (0.5, 0.5): (0, 0), (1.0, 1.0): (0, 0)}[anchor]
+        assert is_padding[corner] and not is_padding.all()
+    assert ink[0] > 60 and ink == pytest.approx([ink[0]] * 3, rel=0.03)
+
+
+@pytest.mark.parametrize('size', [96, 224])
+def test_images_show_letters(faces, size):
+    for i in range(150):
+        rng, again = random.Random(i), random.Random(i)
+        face = faces[sorted(faces)[i % 12]]
+        image = random_image(face, 'train', rng, size)
+        assert image.size == (size, size) and image.mode == 'RGB'
+        assert np.asarray(image).std((0, 1)).max() > 2, i
+        assert image.tobytes() == random_image(face, 'train', again, size).tobytes()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures('clean_up')
 
 TAGGED = [f'{arch}.{tag}' for arch, cfg in sorted(default_cfgs.items()) for tag in cfg.tags if tag]
 NAMES = sorted(default_cfgs) + TAGGED
-FONTS = 'bcnn_resnet18_c4.googlefonts'
+FONTS = 'bcnn_resnet18_c4.googlefonts378'
 PUBLISHED = Path(__file__).parents[2] / 'hub' / FONTS
 # What a config says of the images, besides `resolve_model_data_config`, and of the classes.
 CFG_KEYS = ('input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'num_classes')
@@ -107,7 +107,12 @@ def test_config_made_from_backbones(tmp_path, kwargs):
 
 @pytest.mark.parametrize(
     'pretrained_cfg',
-    ['googlefonts', get_pretrained_cfg(FONTS), asdict(get_pretrained_cfg(FONTS)), get_pretrained_cfg(FONTS).to_dict()],
+    [
+        'googlefonts378',
+        get_pretrained_cfg(FONTS),
+        asdict(get_pretrained_cfg(FONTS)),
+        get_pretrained_cfg(FONTS).to_dict(),
+    ],
     ids=['tag', 'object', 'dict', 'short dict'],
 )
 def test_however_the_tag_is_given(pretrained_cfg):
@@ -138,8 +143,8 @@ def test_config_of_bcnn_given_as_an_object():
 @pytest.mark.parametrize('arch', ['bcnn_resnet18', 'bcnn_vgg16', 'bcnn'])
 @pytest.mark.parametrize('by', ['name', 'tag', 'object', 'dict'])
 def test_tag_of_another_architecture_is_named(arch, by):
-    cfg = dict(tag='googlefonts', object=get_pretrained_cfg(FONTS), dict=asdict(get_pretrained_cfg(FONTS))).get(by)
-    name = f'{arch}.googlefonts' if by == 'name' else arch
+    cfg = dict(tag='googlefonts378', object=get_pretrained_cfg(FONTS), dict=asdict(get_pretrained_cfg(FONTS))).get(by)
+    name = f'{arch}.googlefonts378' if by == 'name' else arch
     with pytest.raises(RuntimeError, match='bcnn_resnet18_c4') as e:
         timm.create_model(name, pretrained_cfg=cfg)
     assert arch in str(e.value) and str(e.value).count('\n') == 0

@@ -157,7 +157,7 @@ def test_offline_in_chans(tmp_path):
 
 
 def test_tag_comes_from_the_hub_or_says_where_it_lies(tmp_path, monkeypatch):
-    name = 'bcnn_resnet18_c4.googlefonts'
+    name = 'bcnn_resnet18_c4.googlefonts378'
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr(hub_client.constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(RuntimeError, match=f'local-dir:hub/{name}'):

@@ -198,9 +198,9 @@ def test_unfinished_run(folder, tmp_path, caplog):
         ('bcnn_resnet_18', ValueError, 'bcnn_resnet18'),
         ('resnet18.nope', ValueError, "'resnet18' has no weights 'nope', but 'a1_in1k'"),
         ('bcnn_vgg16', ValueError, "'bcnn_vgg16' has weights for its streams, but none for its classifier"),
-        ('bcnn_resnet18_c4', ValueError, "give 'bcnn_resnet18_c4.googlefonts'"),
+        ('bcnn_resnet18_c4', ValueError, "give 'bcnn_resnet18_c4.googlefonts378'"),
         ('test_byobnet', OSError, "'test_byobnet'.*Hub.*cache"),
-        ('bcnn_resnet18_c4.googlefonts', OSError, 'timm-bilinear/bcnn_resnet18_c4.googlefonts'),
+        ('bcnn_resnet18_c4.googlefonts378', OSError, 'timm-bilinear/bcnn_resnet18_c4.googlefonts378'),
         ('botnet50ts_256', ValueError, "no pretrained weights for 'botnet50ts_256'"),
         ('hf-hub:nobody/nothing', OSError, "'hf-hub:nobody/nothing'.*Hub.*cache"),
         ('hf_hub:nobody/nothing', OSError, "'hf-hub:nobody/nothing'.*Hub.*cache"),
@@ -291,7 +291,7 @@ def test_config_of_views():
     assert view_data_config(model) == view_data_config(model, 'flip') == resolve_input_data_config(model)
     config = view_data_config(model, 'crops')
     assert config['input_size'] == (3, 182, 182) and config['crop_pct'] == 1.0
-    with pytest.raises(ValueError, match="'tta' must be one of 'flip', 'crops', got 'ten'"):
+    with pytest.raises(ValueError, match="'tta' must be one of 'auto', 'none', 'flip', 'crops', 'scales', got 'ten'"):
         view_data_config(model, 'ten')
 
 

@@ -10,6 +10,7 @@ from timm.data import create_transform
 
 from .images import IMG_MODES
 from .samples import reason, seeded
+from .scales import VIEWS, ScaleViews
 
 __all__ = ['draft_size', 'make_transform', 'transform_settings']
 
@@ -39,8 +40,8 @@ def draft_size(settings: Dict[str, Any], is_training: bool = False) -> Optional[
     Returns:
         The size, or None where images have to be decoded whole.
     """
-    if settings.get('crop_border_pixels'):
-        return None  # a border in pixels of the whole image
+    if settings.get('crop_border_pixels') or settings.get('scales'):
+        return None  # a border in pixels of the whole image, or parts of it at its own scale
     needed = max(settings['input_size'][-2:])
     if not is_training:
         return math.ceil(_EVAL_MARGIN * needed / (settings.get('crop_pct') or 0.875))
@@ -63,11 +64,13 @@ def transform_settings(
 ) -> Dict[str, Any]:
     """Arguments of `timm.data.create_transform`, of those of `create_loader`.
 
+    A data config may also have 'scales', for the views of `ScaleViews` in evaluation.
+
     Raises:
         TypeError: If `train_aug` or the data config has a key that nothing takes.
         ValueError: If the model takes other images than there are.
     """
-    unknown = sorted(set(data_config) - set(_CONFIG_KEYS))
+    unknown = sorted(set(data_config) - {*_CONFIG_KEYS, 'scales'})
     if unknown:
         raise TypeError(f'Nothing takes {", ".join(map(repr, unknown))} of the data config.')
     channels = data_config['input_size'][0]
@@ -87,8 +90,13 @@ def transform_settings(
 
 
 def _try(settings: Dict[str, Any], is_training: bool, normalize: bool) -> Callable:
+    settings = dict(settings)
+    has_scales = settings.pop('scales', False)
     transform = create_transform(**settings, is_training=is_training, normalize=normalize)
     channels, height, width = settings['input_size']
+    if has_scales:
+        transform = ScaleViews(transform, (height, width), settings.get('crop_pct') or 0.875)
+        height *= VIEWS
     border = 2 * (settings.get('crop_border_pixels') or 0)
     with seeded(0):
         image = transform(Image.new(IMG_MODES[channels], (width + border, height + border)))

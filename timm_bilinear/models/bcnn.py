@@ -130,12 +130,13 @@ default_cfgs = generate_default_cfgs(
         'bcnn_resnet18': _cfg('timm/resnet18.a1_in1k', 'stream_a.conv1'),
         'bcnn_resnet18_c4': _cfg('timm/resnet18.a1_in1k', 'stream_a.conv1', pool_size=(28, 28)),
         # 378 fonts of 32 families: hub/fonts, docs/fonts.md
-        'bcnn_resnet18_c4.googlefonts': _cfg(
-            f'{HUB_OWNER}/bcnn_resnet18_c4.googlefonts',
+        'bcnn_resnet18_c4.googlefonts378': _cfg(
+            f'{HUB_OWNER}/bcnn_resnet18_c4.googlefonts378',
             'stream_a.conv1',
             num_classes=378,
             input_size=(3, 224, 224),
             pool_size=(14, 14),
+            crop_mode='border',
         ),
         'bcnn_resnet34': _cfg('timm/resnet34.a1_in1k', 'stream_a.conv1'),
         'bcnn_resnet50': _cfg('timm/resnet50.a1_in1k', 'stream_a.conv1'),

@@ -29,6 +29,7 @@ from .inference import (
     predict_logits,
     resolve_amp_dtype,
     resolve_device,
+    resolve_tta,
     view_data_config,
     whole_number,
 )
@@ -140,7 +141,7 @@ def evaluate_dataset(
         model: The model as `load` gives it, on the device to compute on.
         dataset: Of `create_split`.
         class_names: Names of the model's classes.
-        tta: 'flip' or 'crops' for the mean of several views' probabilities.
+        tta: 'flip', 'crops' or 'scales' for the mean of several views' probabilities.
         batch_size: Images per step.
         workers: Loader processes, None for a number by the cores.
         amp: Dtype to autocast to, as for `resolve_amp_dtype`.
@@ -225,7 +226,7 @@ def evaluate(
     data: Union[str, Path],
     split: str = 'test',
     output: Optional[Union[str, Path]] = None,
-    tta: Optional[str] = None,
+    tta: Optional[str] = 'auto',
     batch_size: int = 32,
     workers: Optional[int] = None,
     device: Optional[str] = None,
@@ -250,7 +251,7 @@ def evaluate(
         split: Which split, where there are several.
         output: Folder for metrics.json, predictions.csv, classes.csv, confusion_matrix.csv and .png,
             worst_images.png and confused_pairs.png. Results of an earlier evaluation in it are replaced, nothing else.
-        tta: 'flip' or 'crops' for the mean of several views' probabilities.
+        tta: 'flip', 'crops' or 'scales' for the mean of several views' probabilities, 'none' or 'auto': see `predict`.
         batch_size: Images per step.
         workers: Loader processes, None for a number by the cores.
         device: Device to compute on; None for a GPU if there is one.
@@ -290,6 +291,7 @@ def evaluate(
         raise ValueError(f"The output '{output}' must not lie inside the data '{data}': it would be taken for a class.")
     with ResultFolder(output) as folder, left_as_it_was(model):
         net = load(model, device, label_names)
+        tta = resolve_tta(net, tta)
         dataset, names, notes = _find_images(
             net, data, split, skip_bad=skip_bad, class_map=class_map, root=root, download=download, progress=progress
         )

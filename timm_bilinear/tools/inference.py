@@ -30,6 +30,7 @@ __all__ = [
     'predict_logits',
     'resolve_amp_dtype',
     'resolve_device',
+    'resolve_tta',
     'view_data_config',
     'views',
     'whole_number',
@@ -37,7 +38,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-TTA = ('flip', 'crops')
+TTA = ('auto', 'none', 'flip', 'crops', 'scales')
 # 'crops' cuts from images whose edges are this much longer than the model's input, as 256 pixels for crops of 224.
 _CROP_SCALE = 8 / 7
 
@@ -111,6 +112,24 @@ def precision(model: nn.Module, amp_dtype: Optional[torch.dtype]) -> str:
     return str(amp_dtype or next(dtypes, torch.float32)).removeprefix('torch.')
 
 
+def resolve_tta(model: nn.Module, tta: Optional[str]) -> Optional[str]:
+    """Views to take the mean of, from a name.
+
+    Args:
+        model: The model.
+        tta: 'flip', 'crops', 'scales'; 'none' and None for the image alone; 'auto' for 'scales' with a model that wants
+            images padded whole (`crop_mode` 'border'), whose subject may then have any size, else for none.
+
+    Raises:
+        ValueError: If there is no such name.
+    """
+    check_choice('tta', tta, TTA)
+    if tta == 'auto':
+        config = resolve_input_data_config(unwrap_model(model))
+        return 'scales' if config.get('crop_mode') == 'border' else None
+    return None if tta == 'none' else tta
+
+
 def view_data_config(model: nn.Module, tta: Optional[str] = None) -> Dict[str, Any]:
     """Preprocessing of the images that `predict_logits` is to be given.
 
@@ -119,13 +138,15 @@ def view_data_config(model: nn.Module, tta: Optional[str] = None) -> Dict[str, A
         tta: As for `predict_logits`; for 'crops' images are larger than the model's input.
 
     Returns:
-        Arguments for `timm.data.create_transform` or `create_loader`.
+        Arguments for `create_loader`, or of `make_transform`; those of `timm.data.create_transform` but for 'scales'.
 
     Raises:
         ValueError: If there is no such `tta`.
     """
-    check_choice('tta', tta, TTA)
+    tta = resolve_tta(model, tta)
     config = resolve_input_data_config(unwrap_model(model))
+    if tta == 'scales':
+        config['scales'] = True
     if tta == 'crops':
         channels, *size = config['input_size']
         scale = max(_CROP_SCALE, 1 / config['crop_pct'])
@@ -134,13 +155,17 @@ def view_data_config(model: nn.Module, tta: Optional[str] = None) -> Dict[str, A
 
 
 def views(images: torch.Tensor, tta: Optional[str], size: Optional[Tuple[int, int]] = None) -> Iterator[torch.Tensor]:
-    """Views of a batch of images: itself and its mirror image ('flip'), or corners and centre ('crops').
+    """Views of a batch of images: itself and its mirror image ('flip'), corners and centre ('crops'), or the views that
+    lie one below another in it ('scales').
 
     Args:
-        images: (B, C, H, W).
-        tta: 'flip', 'crops' or None for the images alone.
-        size: Height and width of the model's input, for 'crops'.
+        images: (B, C, H, W), as `view_data_config` of the model and `tta` gives them.
+        tta: 'flip', 'crops', 'scales' or None for the images alone.
+        size: Height and width of the model's input, for 'crops' and 'scales'.
     """
+    if tta == 'scales':
+        yield from images.split(size[0], dim=-2)
+        return
     if tta != 'crops':
         yield images
         if tta == 'flip':
@@ -166,13 +191,13 @@ def batch_logits(
         model: The model, in eval mode.
         images: (B, C, H, W) on the model's device, preprocessed by `view_data_config(model, tta)`.
         amp_dtype: Dtype to autocast to, None for the model's own.
-        tta: 'flip' or 'crops' for the mean of the probabilities of several views.
+        tta: 'flip', 'crops' or 'scales' for the mean of the probabilities of several views.
 
     Returns:
         (B, K) float32; with several views, logarithms of the mean probabilities.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    size = view_data_config(model)['input_size'][1:] if tta == 'crops' else None
+    size = view_data_config(model)['input_size'][1:] if tta in ('crops', 'scales') else None
     logits = []
     for view in views(images, tta, size):
         with autocast(images.device, amp_dtype):

@@ -72,7 +72,7 @@ def predict(
     amp: Optional[str] = 'auto',
     device: Optional[Union[str, torch.device]] = None,
     label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None,
-    tta: Optional[str] = None,
+    tta: Optional[str] = 'auto',
     progress: bool = False,
 ) -> List[Dict[str, Any]]:
     """Predict the classes of images.
@@ -90,7 +90,9 @@ def predict(
         amp: 'auto' for bfloat16 where the hardware has it, 'bfloat16', 'float16' or 'float32'.
         device: Device to compute on; None for a GPU if there is one, and for where a given module is.
         label_names: Class names in the order of the logits, {index: name}, or a file of them, instead of the model's.
-        tta: Mean of the probabilities of an image and its mirror image ('flip') or of five crops ('crops').
+        tta: Mean of the probabilities of several views: an image and its mirror image ('flip'), five crops ('crops'),
+            or the whole and its parts at several scales ('scales'); 'none' for the image alone. 'auto' is 'scales' for
+            models that want images padded whole (`crop_mode` 'border'), else 'none'.
         progress: Show a bar on stderr if it takes more than some seconds.
 
     Returns:
@@ -125,7 +127,7 @@ def run_predict(
     amp: Optional[str] = 'auto',
     device: Optional[str] = None,
     label_names: Union[Sequence[str], Dict[Any, Any], str, Path, None] = None,
-    tta: Optional[str] = None,
+    tta: Optional[str] = 'auto',
 ) -> int:
     """Predict, and print the results or write them to files, image by image.
 

@@ -15,14 +15,14 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..data.images import find_images, image_extensions, open_image
 from ..data.loader import default_workers, draft_size
+from ..data.transforms import make_transform, transform_settings
 from ..models.image_modes import IMG_MODES
-from .inference import batch_logits, label_descriptions, resolve_amp_dtype, view_data_config
+from .inference import batch_logits, label_descriptions, resolve_amp_dtype, resolve_tta, view_data_config
 
 __all__ = ['Source', 'find_sources', 'iterate_predictions']
 
@@ -189,13 +189,14 @@ def iterate_predictions(
     inner = unwrap_model(net)
     if getattr(inner, 'num_classes', None) == 0:
         raise ValueError("'model' has no classifier (num_classes is 0), so there is nothing to predict.")
+    tta = resolve_tta(net, tta)
     config = view_data_config(net, tta)
     channels = config['input_size'][0]
     if channels not in IMG_MODES:
         raise ValueError(f'Images have 1 to {max(IMG_MODES)} channels, the model wants {channels}.')
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
     amp_dtype = resolve_amp_dtype(amp, device)
-    transform = create_transform(**config, is_training=False, normalize=False)
+    transform = make_transform(transform_settings(config), is_training=False, normalize=False)
     decode = partial(_decode, transform=transform, mode=IMG_MODES[channels], min_size=draft_size(config))
     names = label_descriptions(net)
     image_extensions()  # Pillow's readers are imported here, not by several threads

@@ -1,0 +1,145 @@
+"""The renderers that tests are drawn by, and what is measured on their images."""
+
+import random
+import shutil
+from itertools import pairwise
+
+import chromium
+import numpy as np
+import pango
+import pytest
+import retrieval
+import torch
+from faces import demo_fonts
+from folder import render_folder
+from PIL import Image
+from protocol import KINDS, draw_protocol, prose
+
+WHITE_ON = np.array([0.299, 0.587, 0.114])
+
+
+@pytest.fixture(scope='module')
+def fonts():
+    """Two static fonts."""
+    return {name: demo_fonts()[name][:1] for name in ('anton', 'lobster')}
+
+
+@pytest.fixture(scope='module')
+def corpus():
+    return prose()
+
+
+def test_prose(corpus):
+    assert len(corpus) > 50_000 and corpus.isascii() and '  ' not in corpus
+    assert sum(c.isalpha() for c in corpus) > 0.75 * len(corpus)
+
+
+@pytest.mark.parametrize('kind', sorted(set(KINDS)))
+def test_protocol(fonts, corpus, kind):
+    image = draw_protocol(fonts['anton'][0], kind, corpus, random.Random(kind))
+    assert image.height == 224 and image.mode == 'RGB' and image.width > 100
+
+
+def test_protocol_has_noise_contrast_and_pitch(fonts, corpus):
+    """Distance of lines of capitals is 1.2 times the ink of 'Ay', at 224 px of the whole height."""
+    face, text = fonts['anton'][0], 'EEEE EEEE EEEE EEEE EEEE'
+    rng = random.Random(4)
+    image = draw_protocol(face, 'sentence', (text + ' ') * 40, rng, noise=0.0)
+    grey = np.asarray(image, dtype=np.float32) @ WHITE_ON
+    assert np.ptp(grey) >= 79
+    background = grey[0, 0]
+    rows = (np.abs(grey - background) > 0.5 * np.abs(grey - background).max()).any(1)
+    bottoms = [i for i, (a, b) in enumerate(pairwise(rows)) if a and not b]
+    _, top, _, bottom = face.at(1024, kerning=False).getbbox('Ay')
+    unit = bottom - top
+    lines = len(bottoms)
+    scale = 224 / (1.2 * unit * lines + 256)
+    assert lines >= 2 and np.diff(bottoms) == pytest.approx(1.2 * unit * scale, abs=1.1)
+    noisy = draw_protocol(face, 'sentence', (text + ' ') * 40, random.Random(4))
+    difference = np.asarray(noisy, dtype=np.float32) - np.asarray(image, dtype=np.float32)
+    middle = (np.asarray(image) > 90) & (np.asarray(image) < 165)  # where nothing is clipped
+    assert difference[middle].std() == pytest.approx(25.5, rel=0.1) if middle.any() else difference.std() > 10
+
+
+def test_folder_is_drawn_by_both(fonts, tmp_path):
+    render_folder(tmp_path / 'images', fonts, dict(train=2, val=1, test=3), size=48, workers=1)
+    files = {str(p.relative_to(tmp_path / 'images')): p for p in (tmp_path / 'images').rglob('*.png')}
+    assert len(files) == 12 and all(KINDS.count(p.stem.split('_')[0]) for n, p in files.items() if n[:4] == 'test')
+    assert {Image.open(p).size for n, p in files.items() if n[:4] != 'test'} == {(48, 48)}
+    before = {name: path.stat().st_mtime for name, path in files.items()}
+    files['val/anton/00000.png'].unlink()
+    render_folder(tmp_path / 'images', fonts, dict(train=2, val=1, test=3), size=48, workers=1)
+    after = {name: path.stat().st_mtime for name, path in files.items()}
+    assert [name for name in files if before[name] != after[name]] == ['val/anton/00000.png']
+    with pytest.raises(ValueError, match='other arguments or fonts'):
+        render_folder(tmp_path / 'images', fonts, dict(train=2, val=1, test=4), size=48)
+    with pytest.raises(ValueError, match="'size' must be at least 1"):
+        render_folder(tmp_path / 'other', fonts, dict(train=2), size=0)
+    (tmp_path / 'full' / 'x').mkdir(parents=True)
+    with pytest.raises(ValueError, match='not a folder of rendered fonts'):
+        render_folder(tmp_path / 'full', fonts, dict(train=2))
+
+
+def _check(draw, fonts, folder):
+    """Text is on every image, and in the font that it should be in: with another font the same text looks different."""
+    drawn = []
+    for name, faces in fonts.items():
+        draw({'font': faces}, folder / name)
+        paths = sorted((folder / name / 'test' / 'font').iterdir())
+        images = [np.asarray(Image.open(path).convert('L')) for path in paths]
+        assert len(images) == 3
+        assert all(np.ptp(pixels) > 60 and min(pixels.shape) > 10 for pixels in images)
+        drawn.append([(path.name, pixels.tobytes()) for path, pixels in zip(paths, images)])
+    for (name, pixels), (other_name, other_pixels) in zip(*drawn):
+        assert name == other_name and pixels != other_pixels
+
+
+@pytest.mark.skipif(not any(map(shutil.which, chromium._BROWSERS)), reason='there is no Chromium')
+@pytest.mark.parametrize('scale', [1, 2])
+def test_chromium(fonts, tmp_path, scale):
+    _check(lambda fonts, folder: chromium.draw_pages(fonts, folder, 3, scale), fonts, tmp_path)
+
+
+@pytest.mark.skipif(not all(map(shutil.which, pango._PROGRAMS)), reason='there is no pango-view or woff2_decompress')
+def test_pango(fonts, tmp_path):
+    _check(lambda fonts, folder: pango.draw_blocks(fonts, folder, 3), fonts, tmp_path)
+
+
+@pytest.mark.parametrize('script', [chromium, pango])
+def test_programs_that_are_not_there(script, fonts, tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    draw = chromium.draw_pages if script is chromium else pango.draw_blocks
+    with pytest.raises(RuntimeError, match=r'There is no .*install'):
+        draw(fonts, tmp_path / 'images', 1)
+    assert not (tmp_path / 'images').exists()
+
+
+def test_retrieval_scores():
+    """Against the definitions, for a query at a time: MAP@R is the mean precision at the places of the right ones."""
+    generator = torch.Generator().manual_seed(0)
+    labels = [f'{i % 5}' for i in range(40)]
+    centres = torch.randn(5, 8, generator=generator)
+    queries, gallery = (
+        torch.nn.functional.normalize(centres[[int(i) for i in labels]] + 1.5 * torch.randn(40, 8, generator=generator))
+        for _ in range(2)
+    )
+    scores = retrieval.score(queries, labels, gallery, labels)
+    precisions, hits = [], {k: [] for k in (1, 2, 4, 8)}
+    for query, label in zip(queries, labels):
+        ranked = sorted(range(40), key=lambda i: -float(query @ gallery[i]))
+        relevance = np.array([labels[i] == label for i in ranked])
+        of_first = relevance[:8]  # R is 8
+        precisions.append((np.cumsum(of_first) / np.arange(1, 9) * of_first).sum() / 8)
+        for k, values in hits.items():
+            values.append(relevance[:k].any())
+    assert scores['MAP@R'] == pytest.approx(100 * np.mean(precisions))
+    assert {k: scores[f'recall@{k}'] for k in hits} == pytest.approx({k: 100 * np.mean(v) for k, v in hits.items()})
+    assert 30 < scores['MAP@R'] < 95
+    with pytest.raises(ValueError, match="no image of '7'"):
+        retrieval.score(queries[:1], ['7'], gallery, labels)
+
+
+def test_unseen_families_are_unseen():
+    from build import FAMILIES
+
+    assert len(set(retrieval.FAMILIES)) >= 40 and not set(retrieval.FAMILIES) & set(FAMILIES)
