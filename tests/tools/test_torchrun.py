@@ -57,7 +57,8 @@ def _rows(folder):
     ids=['batch norm', 'class weights', 'dropout'],
 )
 def test_two_processes_are_one(data, tmp_path, settings):
-    settings = dict(dict(stages=STAGES), **settings)
+    # where the processor has bfloat16, its rounding is all that would be compared
+    settings = dict(dict(stages=STAGES, amp_dtype='float32'), **settings)
     result = _run(data, tmp_path / '2', 2, **settings)
     assert result.returncode == 0, result.stderr[-3000:]
     stages = [Stage(**stage) for stage in settings['stages']]
