@@ -162,8 +162,7 @@ class _Letters:
     """Text set in a font at a size, with tracking or without."""
 
     def __init__(self, face: Face, size: float, layout: Layout):
-        self.font = face.at(size, layout.kerning)
-        # Without kerning libraqm is not needed; with it ligatures come too, as in a browser.
+        self.font = face.at(size, layout.kerning)  # with kerning come ligatures, as in a browser
         self.tracking = layout.tracking * size
 
     def length(self, text: str) -> float:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from timm_bilinear.data.folder import create_split
 from timm_bilinear.tools.evaluate import evaluate_dataset
-from timm_bilinear.tools.inference import load, resolve_tta
+from timm_bilinear.tools.inference import load
 from timm_bilinear.tools.metrics import confused_pairs
 
 __all__ = ['Report', 'draw_confusions', 'measure', 'read_families']
@@ -77,7 +77,7 @@ def measure(model_dir: Path, images: Path, families: Dict[str, str]) -> Report:
         raise ValueError(f"The config.json in '{model_dir}' has no label_names.")
     test = create_split(images, 'test', class_names=names).splits['test']
     # as `predict` does it by default
-    result = evaluate_dataset(model, test, names, tta=resolve_tta(model, 'auto'), batch_size=32).images
+    result = evaluate_dataset(model, test, names, tta='auto', batch_size=32).images
     targets, guesses = result.targets.tolist(), result.predictions.tolist()
     fonts = {names[target] for target in targets}
     # the model may know fonts, and so families, that these images do not show

@@ -6,7 +6,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_bilinear.data.scales import VIEWS, ScaleViews
-from timm_bilinear.tools.inference import resolve_tta
+from timm_bilinear.tools.inference import batch_logits, resolve_tta
 from timm_bilinear.tools.predict import predict
 
 
@@ -119,3 +119,11 @@ def test_auto():
     assert resolve_tta(_Mean('border'), 'auto') == 'scales' and resolve_tta(_Mean('center'), 'auto') is None
     assert resolve_tta(_Mean('border'), 'none') is None and resolve_tta(_Mean('center'), 'flip') == 'flip'
     assert resolve_tta(timm.create_model('test_resnet'), 'auto') is None
+
+
+def test_auto_means_the_same_to_images_and_logits():
+    """Views that lie one below another are never taken for one high image."""
+    model = _Mean('border').eval()
+    stacked = ScaleViews(create_transform(**resolve_model_data_config(model)), (32, 32))(_noise(150, 70))[None]
+    assert torch.equal(batch_logits(model, stacked, tta='auto'), batch_logits(model, stacked, tta='scales'))
+    assert not torch.equal(batch_logits(model, stacked, tta='none'), batch_logits(model, stacked, tta='scales'))

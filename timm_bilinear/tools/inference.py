@@ -191,11 +191,12 @@ def batch_logits(
         model: The model, in eval mode.
         images: (B, C, H, W) on the model's device, preprocessed by `view_data_config(model, tta)`.
         amp_dtype: Dtype to autocast to, None for the model's own.
-        tta: 'flip', 'crops' or 'scales' for the mean of the probabilities of several views.
+        tta: 'flip', 'crops' or 'scales' for the mean of the probabilities of several views; see `resolve_tta`.
 
     Returns:
         (B, K) float32; with several views, logarithms of the mean probabilities.
     """
+    tta = resolve_tta(model, tta)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     size = view_data_config(model)['input_size'][1:] if tta in ('crops', 'scales') else None
     logits = []

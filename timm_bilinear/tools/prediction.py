@@ -22,7 +22,7 @@ from ..data.images import find_images, image_extensions, open_image
 from ..data.loader import default_workers, draft_size
 from ..data.transforms import make_transform, transform_settings
 from ..models.image_modes import IMG_MODES
-from .inference import batch_logits, label_descriptions, resolve_amp_dtype, resolve_tta, view_data_config
+from .inference import batch_logits, label_descriptions, resolve_amp_dtype, view_data_config
 
 __all__ = ['Source', 'find_sources', 'iterate_predictions']
 
@@ -189,7 +189,6 @@ def iterate_predictions(
     inner = unwrap_model(net)
     if getattr(inner, 'num_classes', None) == 0:
         raise ValueError("'model' has no classifier (num_classes is 0), so there is nothing to predict.")
-    tta = resolve_tta(net, tta)
     config = view_data_config(net, tta)
     channels = config['input_size'][0]
     if channels not in IMG_MODES:
