@@ -118,7 +118,9 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
     """
     ink, background = _random_colors(rng)
     sharpness = rng.random()  # drawn at once, reduced, or enlarged
-    x_height = math.exp(rng.uniform(math.log(6), math.log(min(60, 0.3 * size))))
+    # the whole range, most of it where letters can be read and fit into the image
+    smallest, largest = (6, 0.3) if rng.random() < 0.3 else (8, 0.25)
+    x_height = math.exp(rng.uniform(math.log(smallest), math.log(min(60, largest * size))))
     oversampling = 1.0 if sharpness < 0.3 else rng.choice((2.0, 2.0, 3.0, rng.uniform(1.2, 4)))
     if sharpness > 0.92 and x_height > 16:
         oversampling = rng.uniform(0.5, 0.9)
@@ -126,6 +128,7 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
     tilted = rng.random() < 0.2
     fit = rng.random() < 0.45
     grey = rng.uniform(0, 255)
+    contrast = abs(_luminance(ink) - _luminance(background))
     return Layout(
         x_height=x_height,
         pitch=rng.uniform(0.9, 2.0) if rng.random() < 0.8 else rng.uniform(1.1, 1.4),
@@ -152,8 +155,8 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
         background=background,
         linear=rng.random() < 0.2,
         gradient=rng.uniform(0, 60) if rng.random() < 0.25 else 0.0,
-        texture=rng.uniform(0, 25) if rng.random() < 0.25 else 0.0,
-        noise=rng.uniform(0, _MAX_NOISE) if rng.random() < 0.5 else 0.0,
+        texture=rng.uniform(0, min(25, contrast / 3)) if rng.random() < 0.25 else 0.0,
+        noise=rng.uniform(0, min(_MAX_NOISE, contrast / 3)) if rng.random() < 0.5 else 0.0,
         jpeg=rng.randrange(35, 96) if rng.random() < 0.3 else None,
     )
 

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from small_models import create
 
-import timm_bilinear  # noqa: F401
+import timm_bilinear
 from timm_bilinear.hub import push_to_hub
 from timm_bilinear.hub.checkpoint import Trained
 from timm_bilinear.hub.model_card import create_card
@@ -50,6 +50,16 @@ def test_classifiers(tmp_path, monkeypatch, capsys, in_chans, plain):
     else:
         assert 'entries of unit length' in card.text
         torch.testing.assert_close(names['descriptors'].norm(dim=1), torch.ones(1))
+
+
+def test_classifiers_of_whole_images(tmp_path, monkeypatch, capsys):
+    """The code prepares an image as `predict` does: timm's transform alone shows one view of a screenshot."""
+    model = create(backbone_a='test_resnet', num_classes=3, pretrained_cfg_overlay=dict(crop_mode='border'))
+    names = run_usage(card_of(model, tmp_path, label_names=LABELS), tmp_path, monkeypatch)
+    printed = capsys.readouterr().out.splitlines()
+    (want,) = timm_bilinear.predict(names['model'], 'image.jpg')
+    assert printed == [f'{p["name"]}: {100 * p["probability"]:.1f} %' for p in want['predictions']]
+    assert {line.split(':')[0] for line in printed} == set(LABELS)
 
 
 @pytest.mark.parametrize('kind', ['bilinear', 'unpooled', 'unpooled classifier', 'plain', 'plain unpooled'])

@@ -33,6 +33,16 @@ names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
 for p, i in zip(*probabilities.topk(min(5, model.num_classes))):
     print(f'{names[i]}: {100 * p:.1f} %')
 """
+# of a model that wants images whole, of which one view of a screenshot shows too little
+_PREDICT = """import timm
+import timm_bilinear
+
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+
+(result,) = timm_bilinear.predict(model, 'image.jpg')  # a photo or screenshot of any shape, looked at in several scales
+for prediction in result['predictions']:
+    print(f"{{prediction['name']}}: {{100 * prediction['probability']:.1f}} %")
+"""
 _COMPUTE = """
 with torch.inference_mode():
     {}
@@ -116,6 +126,8 @@ def _usage(model: nn.Module, repo_id: str, is_classifier: bool) -> str:
     head = _bilinear_head(model)
     channels, height, width = get_model_input_config(model)['input_size']
     mode = IMG_MODES.get(channels)
+    if mode and is_classifier and model.pretrained_cfg.get('crop_mode') == 'border':
+        return f'```python\n{_PREDICT.format(repo_id=repo_id)}```'
     code = _LOAD.format(
         repo_id=repo_id,
         import_pil='from PIL import Image, ImageOps\n' if mode else '',
