@@ -121,12 +121,12 @@ def _bilinear_head(model: nn.Module) -> Optional[BilinearHead]:
     return head if isinstance(head, BilinearHead) else None
 
 
-def _usage(model: nn.Module, repo_id: str, is_classifier: bool) -> str:
+def _usage(model: nn.Module, repo_id: str, is_classifier: bool, is_whole: bool) -> str:
     """Code that loads the model and does with an image what the model is for."""
     head = _bilinear_head(model)
     channels, height, width = get_model_input_config(model)['input_size']
     mode = IMG_MODES.get(channels)
-    if mode and is_classifier and model.pretrained_cfg.get('crop_mode') == 'border':
+    if mode and is_classifier and is_whole:
         return f'```python\n{_PREDICT.format(repo_id=repo_id)}```'
     code = _LOAD.format(
         repo_id=repo_id,
@@ -266,7 +266,7 @@ def create_card(
         f'# {name}\n\n{_kind(trained)}\n\n'
         + _table('Model', about)
         + '## Usage\n\nWith timm_bilinear installed:\n\n'
-        + _usage(model, repo_id, is_classifier)
+        + _usage(model, repo_id, is_classifier, is_whole=data_config.get('crop_mode') == 'border')
         + '\n\n'
         + _table('Results', metrics)
         + _table('Training', training)
