@@ -34,7 +34,7 @@ timm-tests: install
 		$(BIN)/pip download -q --disable-pip-version-check --no-deps --no-binary timm -d $(VENV) timm==$$version; \
 		tar -xzf $$sdist.tar.gz -C $(VENV); \
 	fi; \
-	cd $$sdist && ../bin/python $(PYTEST) --dist load -p timm_bilinear -k 'bcnn and not pretrained' tests/test_models.py
+	cd $$sdist && ../bin/python $(PYTEST) --dist load -p timm_bilinear -k '(bcnn or mpncov or hbp or lrbp) and not pretrained' tests/test_models.py
 
 clean:
 	rm -rf $(VENV) .demo

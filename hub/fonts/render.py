@@ -93,8 +93,8 @@ def _luminance(color: Color) -> float:
     return sum(c * w for c, w in zip(color, _LUMA))
 
 
-def _random_colors(rng: random.Random) -> Tuple[Color, Color]:
-    """Colours of letters and background: of pages, any of high contrast, or any of low contrast."""
+def _random_colors(rng: random.Random, least: float) -> Tuple[Color, Color]:
+    """Colours of letters and background: of pages, or any whose luminances are `least` apart."""
     style = rng.random()
     if style < 0.3:  # near black and white, either way
         grey = rng.choice((0, 0, rng.uniform(0, 70)))
@@ -102,10 +102,9 @@ def _random_colors(rng: random.Random) -> Tuple[Color, Color]:
         dark = tuple(min(255.0, max(0.0, grey + t)) for t in tint)
         light = tuple(rng.choice((255.0, rng.uniform(225, 255))) for _ in range(3))
         return (dark, light) if rng.random() < 0.6 else (light, dark)
-    low, high = (80, 256) if style < 0.8 else (30, 90)
     while True:
         a, b = (tuple(rng.uniform(0, 255) for _ in range(3)) for _ in range(2))
-        if low <= abs(_luminance(a) - _luminance(b)) < high:
+        if abs(_luminance(a) - _luminance(b)) >= least:
             return a, b
 
 
@@ -116,16 +115,18 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
         rng: Source of everything.
         size: Height and width of the image in pixels, which large letters and many lines must fit into.
     """
-    ink, background = _random_colors(rng)
+    is_plain = rng.random() < 0.6  # nothing but letters on a page of one colour, perhaps with noise
+    is_marred = not is_plain
+    ink, background = _random_colors(rng, least=80 if is_plain else 30)
     sharpness = rng.random()  # drawn at once, reduced, or enlarged
     # the whole range, most of it where letters can be read and fit into the image
     smallest, largest = (6, 0.3) if rng.random() < 0.3 else (8, 0.25)
     x_height = math.exp(rng.uniform(math.log(smallest), math.log(min(60, largest * size))))
     oversampling = 1.0 if sharpness < 0.3 else rng.choice((2.0, 2.0, 3.0, rng.uniform(1.2, 4)))
-    if sharpness > 0.92 and x_height > 16:
+    if is_marred and sharpness > 0.85 and x_height > 16:
         oversampling = rng.uniform(0.5, 0.9)
     oversampling = min(oversampling, max(1.0, 120 / x_height))
-    tilted = rng.random() < 0.2
+    is_tilted = is_marred and rng.random() < 0.4
     fit = rng.random() < 0.45
     grey = rng.uniform(0, 255)
     contrast = abs(_luminance(ink) - _luminance(background))
@@ -138,14 +139,14 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
         break_chance=rng.choice((0.0, 0.0, 0.2, 0.5)),
         align=rng.choice((0.0, 0.0, 0.5, 1.0)),
         kerning=rng.random() < 0.7,
-        tracking=rng.uniform(-0.03, 0.12) if rng.random() < 0.12 else 0.0,
+        tracking=rng.uniform(-0.03, 0.12) if is_marred and rng.random() < 0.25 else 0.0,
         oversampling=oversampling,
-        mono=oversampling != 1 and rng.random() < 0.1,
+        mono=is_marred and oversampling != 1 and rng.random() < 0.2,
         subpixel=oversampling == 3 and rng.random() < 0.5,
         kernel=rng.choice(_KERNELS),
-        blur=rng.uniform(0, 0.12) * min(x_height, 12) if rng.random() < 0.25 else 0.0,
-        degrees=rng.gauss(0, 2.5) if tilted else 0.0,
-        perspective=rng.uniform(0, 0.06) if tilted else 0.0,
+        blur=rng.uniform(0, 0.12) * min(x_height, 12) if is_marred and rng.random() < 0.5 else 0.0,
+        degrees=rng.gauss(0, 2.5) if is_tilted else 0.0,
+        perspective=rng.uniform(0, 0.06) if is_tilted else 0.0,
         fit=fit,
         fill=rng.random() < 0.7,
         anchor=(rng.random(), rng.random()) if rng.random() < 0.7 else (0.5, 0.5),
@@ -154,10 +155,10 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
         ink=ink,
         background=background,
         linear=rng.random() < 0.2,
-        gradient=rng.uniform(0, 60) if rng.random() < 0.25 else 0.0,
-        texture=rng.uniform(0, min(25, contrast / 3)) if rng.random() < 0.25 else 0.0,
+        gradient=rng.uniform(0, 60) if is_marred and rng.random() < 0.5 else 0.0,
+        texture=rng.uniform(0, min(25, contrast / 3)) if is_marred and rng.random() < 0.5 else 0.0,
         noise=rng.uniform(0, min(_MAX_NOISE, contrast / 3)) if rng.random() < 0.5 else 0.0,
-        jpeg=rng.randrange(35, 96) if rng.random() < 0.3 else None,
+        jpeg=rng.randrange(35, 96) if is_marred and rng.random() < 0.6 else None,
     )
 
 

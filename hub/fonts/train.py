@@ -7,6 +7,7 @@ moving average of the weights, saved as a model in the run's folder; a run that 
 """
 
 import argparse
+import copy
 import os
 import random
 import signal
@@ -93,6 +94,27 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(500, 0.1 * steps), (steps - step) / (0.25 * steps))
 
 
+@torch.no_grad()
+def _mean_descriptor(net: nn.Module, batches: RenderedBatches, amp_dtype, count: int = 16) -> torch.Tensor:
+    """Mean (D,) of the descriptors of some batches."""
+    net.eval()
+    total, images = 0.0, 0
+    with autocast(torch.device('cpu'), amp_dtype):
+        for index in range(count):
+            features = net.forward_features(_normalise(batches[index][0]))
+            total = total + net.forward_head(features, pre_logits=True).float().sum(0)
+            images += len(features)
+    return total / images
+
+
+@torch.no_grad()
+def _fold(net: nn.Module, mean: torch.Tensor) -> nn.Module:
+    """A copy, in eval mode, whose classifier takes descriptors as they are, from one that takes them less the mean."""
+    net = copy.deepcopy(net).eval()
+    net.head.fc.bias -= net.head.fc.weight @ mean
+    return net
+
+
 def _create_optimizer(net: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
     streams = [p for name, p in net.named_parameters() if not name.startswith('head.')]
     groups = [
@@ -126,8 +148,9 @@ def train(args: argparse.Namespace):
     net = net.to(memory_format=torch.channels_last)
     optimizer = _create_optimizer(net, args.lr, args.head_lr)
     peaks = [group['lr'] for group in optimizer.param_groups]
-    average = ModelEmaV3(net, decay=0.9995, use_warmup=True)
     amp_dtype = resolve_amp_dtype('auto', torch.device('cpu'))
+    batches = RenderedBatches(fonts, 'train', args.sizes, args.batch_size, args.steps, args.seed)
+    average = ModelEmaV3(net, decay=0.9995, use_warmup=True)
     args.run.mkdir(parents=True, exist_ok=True)
     file = args.run / 'last.pth.tar'
     begin = 0
@@ -136,16 +159,22 @@ def train(args: argparse.Namespace):
         net.load_state_dict(state['net'])
         average.module.load_state_dict(state['average'])
         optimizer.load_state_dict(state['optimizer'])
-        begin = state['step']
+        mean, begin = state['mean'], state['step']
+    else:
+        # The classifier is trained on descriptors less their mean, which is most of each of them: else a step for some
+        # classes raises or lowers the logits of every image.
+        mean = _mean_descriptor(net, batches, amp_dtype)
+        with torch.no_grad():
+            net.head.fc.bias += net.head.fc.weight @ mean
+            average.module.head.fc.bias.copy_(net.head.fc.bias)
 
     def save(step: int):
-        state = dict(step=step, net=net.state_dict(), average=average.module.state_dict())
+        state = dict(step=step, mean=mean, net=net.state_dict(), average=average.module.state_dict())
         partial = file.with_suffix('.partial')
         torch.save(dict(state, optimizer=optimizer.state_dict()), partial)
         os.replace(partial, file)
-        save_model(average.module.eval(), args.run / 'model', label_names=names, data_config=DATA_CONFIG)
+        save_model(_fold(average.module, mean), args.run / 'model', label_names=names, data_config=DATA_CONFIG)
 
-    batches = RenderedBatches(fonts, 'train', args.sizes, args.batch_size, args.steps, args.seed)
     options = dict(batch_size=None, num_workers=args.workers, worker_init_fn=_leave_signals)
     validation = DataLoader(RenderedBatches(fonts, 'val', (160,), args.batch_size, args.val_batches), **options)
     if begin == args.steps:
@@ -159,6 +188,7 @@ def train(args: argparse.Namespace):
             group['lr'] = peak * _rate(step, args.steps)
         with autocast(torch.device('cpu'), amp_dtype):
             logits = net(_normalise(images)).float()
+        logits = logits - net.head.fc.weight @ mean
         loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -169,7 +199,7 @@ def train(args: argparse.Namespace):
         if time.monotonic() - saved > 60 * args.save_minutes:
             save(step + 1)
             speed = seen / (time.monotonic() - began)
-            top1 = _validate(average.module.eval(), validation, amp_dtype)
+            top1 = _validate(_fold(average.module, mean), validation, amp_dtype)
             print(
                 f'step {step + 1}/{args.steps}, loss {total / seen:.3f}, in training {100 * correct / seen:.1f} %,'
                 f' average on new texts {top1:.1f} %, {speed:.0f} images/s',
@@ -177,7 +207,9 @@ def train(args: argparse.Namespace):
             )
             saved, seen, correct, total, began = time.monotonic(), 0, 0, 0.0, time.monotonic()
     save(args.steps)
-    print(f"top-1 on new texts {_validate(average.module.eval(), validation, amp_dtype):.1f} %: '{args.run}/model'")
+    print(
+        f"top-1 on new texts {_validate(_fold(average.module, mean), validation, amp_dtype):.1f} %: '{args.run}/model'"
+    )
 
 
 def _leave_signals(_: int):

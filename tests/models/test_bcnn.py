@@ -26,15 +26,14 @@ NAMED = sorted(set(default_cfgs) - {'bcnn'})
 
 
 def test_registry():
-    names = timm.list_models('bcnn*')
+    names = timm.list_models(module='bcnn')
     assert set(NAMED) | {'bcnn'} == set(names)
-    assert timm.list_models(module='bcnn') == names
-    assert {'bcnn_vgg16', 'bcnn_resnet18', 'bcnn_vgg16_resnet18'} <= set(names)
+    assert {'bcnn_vgg16', 'bcnn_resnet18', 'bcnn_vgg16_resnet18', 'mpncov_resnet50', 'hbp_vgg16'} <= set(names)
 
 
 def test_pretrained_listing():
     # 'bcnn' has no weights of its own; the named models' streams have.
-    listed = {name.split('.')[0] for name in timm.list_models('bcnn*', pretrained=True)}
+    listed = {name.split('.')[0] for name in timm.list_models(module='bcnn', pretrained=True)}
     assert listed == set(NAMED)
 
 
@@ -58,7 +57,7 @@ def test_named_model(name):
 def test_named_model_config_is_the_backbones(name):
     cfg = default_cfgs[name].default
     backbone = next(
-        n for n in sorted(timm.list_models(), key=len, reverse=True) if name.removeprefix('bcnn_').startswith(n)
+        n for n in sorted(timm.list_models(), key=len, reverse=True) if name.partition('_')[2].startswith(n)
     )
     expected = get_pretrained_cfg(backbone)
     assert cfg.hf_hub_id == expected.hf_hub_id

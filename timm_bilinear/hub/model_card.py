@@ -9,7 +9,6 @@ from timm.models import get_model_args, get_model_input_config
 from torch import nn
 
 from ..layers import BilinearHead
-from ..layers.pooling import ExactPooling
 from ..models import BilinearCNN
 from ..models.image_modes import IMG_MODES
 from .checkpoint import Trained
@@ -154,7 +153,7 @@ def _features(model: nn.Module) -> Dict[str, str]:
         return {'features': f'{model.head_hidden_size if model.num_classes else model.num_features:,}'}
     if head.pool is None:
         return {'features': f'map of {model.num_features:,} channels'}
-    unit = ' of unit length' if isinstance(head.pool, ExactPooling) else ''
+    unit = ' of unit length' if head.pool.is_unit_length else ''
     return {'descriptor': f'{head.num_features:,} entries{unit}'}
 
 

@@ -1,25 +1,27 @@
 """The head: split the streams' features, project, pool, drop, classify."""
 
-from typing import Annotated, ClassVar, List, Optional
+from typing import Annotated, ClassVar, List, Literal, Optional, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
-from timm.layers import get_device_dtype
+from timm.layers import ConvNormAct, get_device_dtype
 
 from .._compat import FakeTensor, has_global_hooks
 from ..ops import descriptor_size
-from .arguments import Bounds, check_arguments
-from .pooling import BilinearPooling, check_pooling, create_pooling, pooling_arguments
+from .arguments import Bounds, argument_problem, check_arguments
+from .pooling import BilinearPooling, check_pooling, check_takes_levels, create_pooling, pooling_arguments
 
 __all__ = ['BilinearHead']
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
-def _projection(in_features: int, proj_dim: Optional[int], dd: dict) -> nn.Module:
+def _projection(in_features: int, proj_dim: Optional[int], proj_type: str, dd: dict) -> nn.Module:
     if proj_dim is None or in_features <= proj_dim:
         return nn.Identity()
+    if proj_type == 'conv_bn_relu':
+        return ConvNormAct(in_features, proj_dim, 1, **dd)
     proj = nn.Conv2d(in_features, proj_dim, 1, bias=False, **dd)
     # A random projection that keeps inner products of features in expectation.
     nn.init.normal_(proj.weight, std=proj_dim**-0.5)
@@ -70,11 +72,12 @@ class BilinearHead(nn.Module):
 
     def __init__(
         self,
-        in_features: Annotated[int, Bounds(1)],
+        in_features: Annotated[Union[int, Tuple[int, ...]], Bounds(1)],
         num_classes: Annotated[int, Bounds(0)],
         in_features_b: Annotated[Optional[int], Bounds(1)] = None,
         pool_type: str = 'avg',
         proj_dim: Annotated[Optional[int], Bounds(1)] = None,
+        proj_type: Literal['conv', 'conv_bn_relu'] = 'conv',
         drop_rate: Annotated[float, Bounds(0, 1)] = 0.0,
         device=None,
         dtype=None,
@@ -82,17 +85,18 @@ class BilinearHead(nn.Module):
     ):
         """
         Args:
-            in_features: Channels of stream a.
+            in_features: Channels of stream a; of several levels of it, concatenated in one map, those of each.
             num_classes: Number of classes, 0 for no classifier (the head returns descriptors).
             in_features_b: Channels of stream b, None if stream a is paired with itself (packed symmetric descriptors).
             pool_type: Pooling, one of `list_poolings()`; '' for none (the head returns its input).
             proj_dim: Streams with more channels are projected to this many by a 1x1 convolution. None for never.
+            proj_type: 'conv' for the convolution alone, 'conv_bn_relu' for batch norm and ReLU after it, as MPN-COV.
             drop_rate: Dropout rate of the descriptor.
             **pool_args: Arguments of the pooling, e.g. `eps`.
 
         Raises:
             TypeError: If an argument is of the wrong type, or the pooling does not have it.
-            ValueError: If an argument is out of its range.
+            ValueError: If an argument is out of its range, or the pooling does not take so many streams or levels.
         """
         super().__init__()
         checked = check_arguments(BilinearHead, {k: v for k, v in locals().items() if k != 'pool_args'})
@@ -100,11 +104,15 @@ class BilinearHead(nn.Module):
         in_features_b, drop_rate = checked['in_features_b'], checked['drop_rate']
         pool_args = check_pooling(pool_type, pool_args, beside=BilinearHead)
         dd = {'device': device, 'dtype': dtype}
+        self.levels = None if isinstance(in_features, int) else in_features
+        in_features = in_features if self.levels is None else sum(self.levels)
+        if self.levels is not None and (proj_dim is not None or in_features_b is not None):
+            raise ValueError("Several levels are of one stream, and pooled without 'proj_dim'.")
         self.in_features = in_features
         self.in_features_b = in_features_b
         self.width = in_features + (in_features_b or 0)
-        self.proj_a = _projection(in_features, proj_dim, dd)
-        self.proj_b = None if in_features_b is None else _projection(in_features_b, proj_dim, dd)
+        self.proj_a = _projection(in_features, proj_dim, proj_type, dd)
+        self.proj_b = None if in_features_b is None else _projection(in_features_b, proj_dim, proj_type, dd)
         # channels that are pooled
         self.channels = min(in_features, proj_dim or in_features)
         self.channels_b = None if in_features_b is None else min(in_features_b, proj_dim or in_features_b)
@@ -117,6 +125,9 @@ class BilinearHead(nn.Module):
         pool = None
         if pool_type:
             in_features = (self.channels,) if self.channels_b is None else (self.channels, self.channels_b)
+            if self.levels is not None:
+                check_takes_levels(pool_type)
+                in_features = self.levels
             pool = create_pooling(pool_type, in_features, **self.pool_args, **dd)
         self.pool_type = pool_type
         self.pool = pool
@@ -124,7 +135,11 @@ class BilinearHead(nn.Module):
         self.num_features = descriptor_size(self.channels, self.channels_b) if pool is None else pool.num_features
 
     def _create_fc(self, num_classes: int, dd: dict) -> nn.Module:
-        return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        if num_classes == 0:
+            return nn.Identity()
+        if self.pool is None:
+            return nn.Linear(self.num_features, num_classes, **dd)
+        return self.pool.create_classifier(num_classes, **dd)
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -150,7 +165,9 @@ class BilinearHead(nn.Module):
         if pool_type is not None and pool_type != self.pool_type:
             if pool_type:
                 known = pooling_arguments(pool_type)
-                self.pool_args = {k: v for k, v in self.pool_args.items() if k in known}
+                self.pool_args = {
+                    k: v for k, v in self.pool_args.items() if k in known and argument_problem(known[k], v) is None
+                }
             grad_checkpointing = self.grad_checkpointing
             self._set_pool(pool_type, dd)
             self.grad_checkpointing = grad_checkpointing

@@ -1,9 +1,16 @@
 """Bilinear CNNs
 
 Two streams of features (or one, paired with itself), their outer product pooled over all locations, signed square
-root, L2 norm, linear classifier.
+root, L2 norm, linear classifier; and the networks of later papers that pool it otherwise.
 
-Paper: `Bilinear CNNs for Fine-grained Visual Recognition` - https://arxiv.org/abs/1504.07889
+Papers:
+`Bilinear CNNs for Fine-grained Visual Recognition` - https://arxiv.org/abs/1504.07889
+`Compact Bilinear Pooling` - https://arxiv.org/abs/1511.06062
+`Improved Bilinear Pooling with CNNs` - https://arxiv.org/abs/1707.06772
+`Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root Normalization`
+- https://arxiv.org/abs/1712.01034
+`Hierarchical Bilinear Pooling for Fine-Grained Visual Recognition` - https://arxiv.org/abs/1807.09915
+`Low-rank Bilinear Pooling for Fine-Grained Classification` - https://arxiv.org/abs/1611.05109
 """
 
 from dataclasses import replace
@@ -120,6 +127,18 @@ def _cfg(hf_hub_id: Optional[str], first_conv: Union[str, Tuple[str, ...]], **kw
 
 
 _VGG = dict(pool_size=(28, 28), interpolation='bilinear')
+_CBP = dict(paper_name='Compact Bilinear Pooling', paper_ids='arXiv:1511.06062')
+_IMPROVED = dict(paper_name='Improved Bilinear Pooling with CNNs', paper_ids='arXiv:1707.06772')
+_ISQRT = dict(
+    paper_name='Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root'
+    ' Normalization',
+    paper_ids='arXiv:1712.01034',
+    pool_size=(28, 28),
+)
+_HBP = dict(
+    paper_name='Hierarchical Bilinear Pooling for Fine-Grained Visual Recognition', paper_ids='arXiv:1807.09915'
+)
+_LRBP = dict(paper_name='Low-rank Bilinear Pooling for Fine-Grained Classification', paper_ids='arXiv:1611.05109')
 
 # Untagged: the streams' own timm weights. `hf_hub_id` names those of stream a, `_create_bcnn` loads every stream's.
 default_cfgs = generate_default_cfgs(
@@ -149,6 +168,17 @@ default_cfgs = generate_default_cfgs(
         'bcnn_resnet18_resnet34': _cfg('timm/resnet18.a1_in1k', ('stream_a.conv1', 'stream_b.conv1')),
         'bcnn_resnet34_resnet50': _cfg('timm/resnet34.a1_in1k', ('stream_a.conv1', 'stream_b.conv1')),
         'bcnn': _cfg(None, 'stream_a.conv1'),
+        'cbcnn_vgg16': _cfg('timm/vgg16.tv_in1k', 'stream_a.features_0', **_VGG, **_CBP),
+        'cbcnn_resnet50': _cfg('timm/resnet50.a1_in1k', 'stream_a.conv1', **_CBP),
+        'ibcnn_vgg16': _cfg('timm/vgg16.tv_in1k', 'stream_a.features_0', **_VGG, **_IMPROVED),
+        'ibcnn_densenet201': _cfg('timm/densenet201.tv_in1k', 'stream_a.features_conv0', **_IMPROVED),
+        'mpncov_resnet50': _cfg('timm/resnet50.a1_in1k', 'stream_a.conv1', **_ISQRT),
+        'mpncov_resnet101': _cfg('timm/resnet101.a1h_in1k', 'stream_a.conv1', **_ISQRT),
+        'mpncov_vgg16': _cfg('timm/vgg16.tv_in1k', 'stream_a.features_0', **dict(_VGG, **_ISQRT)),
+        'mpncov_vgg16_bn': _cfg('timm/vgg16_bn.tv_in1k', 'stream_a.features_0', **dict(_VGG, **_ISQRT)),
+        'hbp_vgg16': _cfg('timm/vgg16.tv_in1k', 'stream_a.features_0', **_VGG, **_HBP),
+        'hbp_resnet34': _cfg('timm/resnet34.a1_in1k', 'stream_a.conv1', **_HBP),
+        'lrbp_vgg16': _cfg('timm/vgg16.tv_in1k', 'stream_a.features_0', **_VGG, **_LRBP),
     }
 )
 
@@ -249,3 +279,83 @@ def bcnn(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """Bilinear CNN of any timm backbones: `backbone_a`, `backbone_b` (None: `backbone_a` with itself)."""
     model_args = dict(backbone_a='resnet18')
     return _create_bcnn('bcnn', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbcnn_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """VGG-16 relu5_3 with itself by Tensor Sketch."""
+    model_args = dict(backbone_a='vgg16', out_index_a=4, pool_type='sketch')
+    return _create_bcnn('cbcnn_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbcnn_resnet50(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """ResNet-50 layer4, all its 2048 channels, with itself by Tensor Sketch."""
+    model_args = dict(backbone_a='resnet50', out_index_a=4, pool_type='sketch')
+    return _create_bcnn('cbcnn_resnet50', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ibcnn_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """VGG-16 relu5_3 with itself, matrix square root before the signed one."""
+    model_args = dict(backbone_a='vgg16', out_index_a=4, pool_type='sqrtm')
+    return _create_bcnn('ibcnn_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ibcnn_densenet201(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """DenseNet-201 norm5 projected to 512 channels with itself, matrix square root before the signed one."""
+    model_args = dict(backbone_a='densenet201', out_index_a=4, proj_dim=512, pool_type='sqrtm')
+    return _create_bcnn('ibcnn_densenet201', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+_MPNCOV_ARGS = dict(out_index_a=4, proj_dim=256, proj_type='conv_bn_relu', pool_type='isqrt')
+
+
+@register_model
+def mpncov_resnet50(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """ResNet-50 layer4 at stride 16, projected to 256 channels, root of their covariance."""
+    model_args = dict(_MPNCOV_ARGS, backbone_a='resnet50', last_stride=1)
+    return _create_bcnn('mpncov_resnet50', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mpncov_resnet101(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """ResNet-101 layer4 at stride 16, projected to 256 channels, root of their covariance."""
+    model_args = dict(_MPNCOV_ARGS, backbone_a='resnet101', last_stride=1)
+    return _create_bcnn('mpncov_resnet101', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mpncov_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """VGG-16 relu5_3 projected to 256 channels, root of their covariance."""
+    model_args = dict(_MPNCOV_ARGS, backbone_a='vgg16')
+    return _create_bcnn('mpncov_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mpncov_vgg16_bn(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """VGG-16 w/ batch norm relu5_3 projected to 256 channels, root of their covariance: VGG-D of fast-MPN-COV."""
+    model_args = dict(_MPNCOV_ARGS, backbone_a='vgg16_bn')
+    return _create_bcnn('mpncov_vgg16_bn', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def hbp_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """VGG-16 relu3_3, relu4_3 and relu5_3, each pair of them; the paper has relu5_1 to relu5_3."""
+    model_args = dict(backbone_a='vgg16', out_indices_a=(2, 3, 4), pool_type='cross')
+    return _create_bcnn('hbp_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def hbp_resnet34(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """ResNet-34 layer2, layer3 and layer4, each pair of them."""
+    model_args = dict(backbone_a='resnet34', out_indices_a=(2, 3, 4), pool_type='cross')
+    return _create_bcnn('hbp_resnet34', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def lrbp_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
+    """VGG-16 relu5_3 projected to 100 channels, classifier of rank 8."""
+    model_args = dict(backbone_a='vgg16', out_index_a=4, proj_dim=100, pool_type='lowrank')
+    return _create_bcnn('lrbp_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Annotated, Any, Callable, Dict, List, Literal, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -13,8 +13,8 @@ from ..layers import BilinearHead
 from ..layers.arguments import Bounds, Internal, Runtime, arguments_of, check_argument, check_arguments
 from ..layers.pooling import check_pooling
 from .empty import is_empty, one_image
-from .levels import can_prune, forward_levels, is_nhwc, layer_ids, pair_levels, prune_stream
-from .streams import concat_streams, create_streams, first_convs, match_grid
+from .levels import can_prune, forward_levels, is_nhwc, layer_ids, pair_levels, prune_stream, returned_levels
+from .streams import concat_levels, concat_streams, create_streams, first_convs, match_grid
 
 __all__ = ['BilinearCNN']
 
@@ -32,12 +32,16 @@ class BilinearCNN(nn.Module):
         backbone_b: Optional[str] = None,
         out_index_a: Annotated[int, Bounds(-100, 100)] = -1,
         out_index_b: Annotated[int, Bounds(-100, 100)] = -1,
+        out_indices_a: Annotated[Optional[Tuple[int, ...]], Bounds(-100, 100)] = None,
+        last_stride: Annotated[Optional[int], Bounds(1, 2)] = None,
+        class_token: bool = False,
         num_classes: Annotated[int, Bounds(0, 10_000_000)] = 1000,
         in_chans: Annotated[int, Bounds(1, 1024)] = 3,
         img_size: Annotated[Optional[Union[int, Tuple[int, int]]], Bounds(1, 16384)] = None,
         pool_type: str = 'avg',
         global_pool: Optional[str] = None,
         proj_dim: Annotated[Optional[int], Bounds(1, 65536)] = None,
+        proj_type: Literal['conv', 'conv_bn_relu'] = 'conv',
         drop_rate: Annotated[float, Bounds(0, 1)] = 0.0,
         drop_path_rate: Annotated[Optional[float], Bounds(0, 1)] = None,
         drop_block_rate: Annotated[Optional[float], Bounds(0, 1)] = None,
@@ -59,12 +63,19 @@ class BilinearCNN(nn.Module):
             backbone_b: timm model name of stream b; None to pair stream a with itself.
             out_index_a: Feature level at which stream a ends, an index of timm's `feature_info`.
             out_index_b: Feature level at which stream b ends.
+            out_indices_a: Levels of stream a that are pooled together, in place of `out_index_a`; for a model of one
+                stream and a pooling of several levels ('cross'). A finer map is average-pooled to the coarsest grid.
+            last_stride: Stride of the convolutions of the streams' last stage, 1 for a grid twice as fine without
+                dilation, as MPN-COV and person re-identification have it; None leaves the backbones' own.
+            class_token: Take a transformer's class token as a second map, the same at every location, for a model of
+                one stream and a pooling of tokens ('moments').
             num_classes: Number of classes, 0 for descriptors.
             in_chans: Number of input channels.
             img_size: Input size for backbones that are built for one size.
             pool_type: Pooling, one of `timm_bilinear.layers.list_poolings()`, or '' for the feature map itself.
             global_pool: timm's name for `pool_type`, which it overrides.
             proj_dim: Project streams with more channels to this many by a 1x1 convolution.
+            proj_type: What follows that convolution: 'conv' for nothing, 'conv_bn_relu' for batch norm and ReLU.
             drop_rate: Dropout rate of the descriptor.
             drop_path_rate: Stochastic depth rate of the streams that have it; None leaves the backbones' defaults.
             drop_block_rate: DropBlock rate of the streams that have it; None leaves the backbones' defaults.
@@ -86,6 +97,12 @@ class BilinearCNN(nn.Module):
         super().__init__()
         checked = check_arguments(BilinearCNN, {k: v for k, v in locals().items() if k != 'pool_args'})
         num_classes, in_chans, img_size = (checked[k] for k in ('num_classes', 'in_chans', 'img_size'))
+        levels_a = checked['out_indices_a'] or (out_index_a,)
+        for name, given in (('out_indices_a', len(levels_a) > 1), ('class_token', class_token)):
+            if given and backbone_b is not None:
+                raise ValueError(f"'{name}' is for a model of one stream, not with 'backbone_b'.")
+        if class_token and len(levels_a) > 1:
+            raise ValueError("'class_token' is of one level, not of several 'out_indices_a'.")
         pool_type = pool_type if global_pool is None else global_pool
         # before streams are built, or their weights fetched
         pool_args = check_pooling(pool_type, pool_args, beside=BilinearCNN)
@@ -96,11 +113,13 @@ class BilinearCNN(nn.Module):
 
         self.stream_a, self.stream_b = create_streams(
             (backbone_a, backbone_b),
-            (out_index_a, out_index_b),
+            (levels_a, (out_index_b,)),
             (backbone_args, backbone_args if backbone_args_b is None else backbone_args_b),
             drop_args=dict(drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate),
             bn_args=dict(bn_momentum=bn_momentum, bn_eps=bn_eps),
             all_levels=all_levels,
+            last_stride=last_stride,
+            class_token=class_token,
             pretrained=pretrained_streams,
             cache_dir=cache_dir,
             in_chans=in_chans,
@@ -112,16 +131,27 @@ class BilinearCNN(nn.Module):
         convs = [conv for name, stream in self.named_children() for conv in first_convs(name, stream)]
         self._traits = {'first_conv': tuple(convs)}
 
+        self.levels, self.feature_info = pair_levels(self.stream_a, self.stream_b)
+        count = len(self.levels) if self.stream_b is None else 0
+        # levels of stream a whose maps are concatenated, none for its last alone
+        self.pooled_levels = sorted(i % count for i in levels_a) if len(levels_a) > 1 else []
+        returned = returned_levels(self.stream_a)
+        self.pooled_maps = [returned.index(i) for i in self.pooled_levels] or [-1]  # places in what the stream returns
+        if class_token:
+            self.pooled_maps = [-2, -1]
         channels_a = self.stream_a.feature_info.channels()[-1]
         channels_b = None if self.stream_b is None else self.stream_b.feature_info.channels()[-1]
-        self.levels, self.feature_info = pair_levels(self.stream_a, self.stream_b)
-        self.num_features = channels_a + (channels_b or 0)
+        if class_token:
+            channels_b = channels_a
+        level_channels = tuple(self.feature_info[i]['num_chs'] for i in self.pooled_levels)
+        self.num_features = sum(level_channels) or channels_a + (channels_b or 0)
         self.head = BilinearHead(
-            channels_a,
+            level_channels or channels_a,
             num_classes=0,
             in_features_b=channels_b,
             pool_type=pool_type,
             proj_dim=proj_dim,
+            proj_type=proj_type,
             drop_rate=drop_rate,
             **dd,
             **pool_args,
@@ -244,7 +274,10 @@ class BilinearCNN(nn.Module):
             return intermediates if intermediates_only else (features[:0], intermediates)
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
         last = max_index if stop_early else len(self.levels) - 1
-        needed = [self.levels[i] for i in {*take_indices, last}]
+        pooled = self.pooled_levels if last == len(self.levels) - 1 else []
+        needed = [self.levels[i] for i in {*take_indices, *pooled, last}]
+        if self.pooled_maps == [-2, -1] and last == len(self.levels) - 1:
+            pooled = [self.levels[last][0], -1]
         maps_a = forward_levels(self.stream_a, x, [i for i, _ in needed])
         maps_b = {} if self.stream_b is None else forward_levels(self.stream_b, x, [j for _, j in needed])
 
@@ -255,7 +288,9 @@ class BilinearCNN(nn.Module):
         intermediates = [level(i) for i in take_indices]
         if output_fmt == 'NHWC':
             intermediates = [m.permute(0, 2, 3, 1) for m in intermediates]
-        return intermediates if intermediates_only else (level(last), intermediates)
+        if intermediates_only:
+            return intermediates
+        return concat_levels([maps_a[i] for i in pooled]) if pooled else level(last), intermediates
 
     def prune_intermediate_layers(
         self,
@@ -280,6 +315,7 @@ class BilinearCNN(nn.Module):
             self.levels = self.levels[: max_index + 1]
             self.feature_info = self.feature_info[: max_index + 1]
             self.num_features = self.feature_info[-1]['num_chs']
+            self.pooled_levels, self.pooled_maps = [], [-1]
         if prune_head:
             self.reset_classifier(0, '')
             self.head.proj_a = nn.Identity()
@@ -289,19 +325,25 @@ class BilinearCNN(nn.Module):
     def _map(self, maps: List[torch.Tensor], nhwc: bool) -> torch.Tensor:
         return maps[-1].permute(0, 3, 1, 2) if nhwc else maps[-1]
 
+    def _map_a(self, maps: List[torch.Tensor]) -> torch.Tensor:
+        if len(self.pooled_maps) == 1:
+            return self._map(maps, self.nhwc_a)
+        return concat_levels([self._map([maps[i]], self.nhwc_a) for i in self.pooled_maps])
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
             x: (B, in_chans, H, W) images.
 
         Returns:
-            (B, num_features, h, w) features; two streams: channels of a then b, on the coarser grid.
+            (B, num_features, h, w) features; two streams: channels of a then b, several levels: of each in turn, on the
+            coarsest grid.
         """
         if not torch.jit.is_scripting():
             if is_empty(x):
                 with one_image(self, x) as image:
                     return self.forward_features(image)[:0]
-        a = self._map(self.stream_a(x), self.nhwc_a)
+        a = self._map_a(self.stream_a(x))
         if self.stream_b is None:
             return a
         return concat_streams(a, self._map(self.stream_b(x), self.nhwc_b))

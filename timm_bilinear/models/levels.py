@@ -5,12 +5,14 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import Format
+from timm.layers import BlurPool2d, Format
 from timm.models import FeatureListNet
 
 from .._compat import FeatureGetterNet
 
 __all__ = [
+    'TokenGetterNet',
+    'add_class_token',
     'can_prune',
     'forward_levels',
     'is_nhwc',
@@ -18,7 +20,42 @@ __all__ = [
     'narrow_stream',
     'pair_levels',
     'prune_stream',
+    'returned_levels',
+    'set_last_stride',
 ]
+
+_POOLS = (nn.AvgPool2d, nn.MaxPool2d, BlurPool2d)
+
+
+class TokenGetterNet(FeatureGetterNet):
+    """A transformer's feature maps, and after them its class token as a map (B, C, H, W) on the grid of the last."""
+
+    def maps_and_token(self, x: torch.Tensor, levels: Sequence[int]) -> List[torch.Tensor]:
+        """Maps of levels, and the class token of the last."""
+        found = self.model.forward_intermediates(
+            x,
+            indices=list(levels),
+            norm=self.norm,
+            stop_early=True,
+            output_fmt=self.output_fmt,
+            intermediates_only=True,
+            return_prefix_tokens=True,
+        )
+        last, prefix = found[-1]
+        return [*(m for m, _ in found), prefix[:, 0, :, None, None].expand_as(last)]
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        return self.maps_and_token(x, self.out_indices)
+
+
+def add_class_token(stream: nn.Module) -> Optional[TokenGetterNet]:
+    """A stream that returns its class token too, None if it has none."""
+    model = getattr(stream, 'model', None)
+    if not isinstance(stream, FeatureGetterNet) or getattr(model, 'cls_token', None) is None:
+        return None
+    net = TokenGetterNet(model, list(stream.out_indices), output_fmt='NCHW', norm=stream.norm, prune=False)
+    net.feature_info = stream.feature_info
+    return net
 
 
 def is_nhwc(stream: nn.Module) -> bool:
@@ -69,17 +106,52 @@ def _level_layers(stream: FeatureListNet, levels: Sequence[int]) -> Dict[str, st
     return {name if name in stream else name.replace('.', '_', 1): str(i) for i, name in names.items()}
 
 
-def narrow_stream(stream: nn.Module, level: int) -> None:
-    """Let a stream return one level alone, where its kind can, so that it holds no earlier maps until it ends.
+def narrow_stream(stream: nn.Module, levels: Sequence[int]) -> None:
+    """Let a stream return some levels alone, where its kind can, so that it holds no other maps until it ends.
 
     Args:
         stream: One that returns all its levels.
-        level: Index of its last level.
+        levels: Indices of levels in ascending order, up to its last.
     """
     if isinstance(stream, FeatureGetterNet):
-        stream.out_indices = (level,)
+        stream.out_indices = tuple(levels)
     elif isinstance(stream, FeatureListNet):
-        stream.return_layers = _level_layers(stream, (level,))
+        stream.return_layers = _level_layers(stream, levels)
+
+
+def returned_levels(stream: nn.Module) -> List[int]:
+    """Indices of the levels that a stream returns."""
+    if isinstance(stream, FeatureGetterNet):
+        return list(stream.out_indices)
+    if isinstance(stream, FeatureListNet):
+        return [int(i) for i in stream.return_layers.values()]
+    return list(stream.feature_info.out_indices)
+
+
+def set_last_stride(stream: nn.Module, level: int, stride: int) -> bool:
+    """Set the stride of a stream's last stage, without dilation, in place of the 2 that its convolutions have.
+
+    Args:
+        stream: The stream.
+        level: Index of its last level.
+        stride: 1 for a grid twice as fine, 2 for none of this.
+
+    Returns:
+        Whether the stage has such convolutions, padded so that their grid is kept, and nothing else that is strided.
+    """
+    if not isinstance(stream, FeatureListNet):
+        return False
+    (name,) = _level_layers(stream, (level,))
+    strided = [m for m in stream[name].modules() if getattr(m, 'stride', 1) in (2, (2, 2))]
+    convs = [m for m in strided if isinstance(m, nn.Conv2d)]
+    keep_grid = all(2 * p == k - 1 for m in convs for k, p in zip(m.kernel_size, m.padding))
+    if not convs or not keep_grid or any(isinstance(m, _POOLS) for m in strided):
+        return False
+    if stride == 1:
+        for m in strided:
+            m.stride = (1, 1) if isinstance(m, nn.Conv2d) else 1
+        stream.feature_info.info[level]['reduction'] //= 2
+    return True
 
 
 def can_prune(stream: nn.Module) -> bool:
@@ -118,9 +190,11 @@ def forward_levels(stream: nn.Module, x: torch.Tensor, levels: Sequence[int]) ->
         levels: Indices of levels.
 
     Returns:
-        (B, C, h, w) maps by index.
+        (B, C, h, w) maps by index; under -1 the class token of the last, of a stream that has it.
     """
     levels = sorted(set(levels))
+    if isinstance(stream, TokenGetterNet):
+        return dict(zip([*levels, -1], stream.maps_and_token(x, levels)))
     if isinstance(stream, FeatureGetterNet):
         maps = stream.model.forward_intermediates(
             x, indices=levels, norm=stream.norm, stop_early=True, output_fmt=stream.output_fmt, intermediates_only=True
@@ -128,7 +202,7 @@ def forward_levels(stream: nn.Module, x: torch.Tensor, levels: Sequence[int]) ->
         found = dict(zip(levels, maps))
     elif isinstance(stream, FeatureListNet):
         layers = _level_layers(stream, levels)
-        returned = [int(i) for i in stream.return_layers.values()]
+        returned = returned_levels(stream)
         if max(levels) < returned[-1] or not set(levels) <= set(returned):
             # The same layers in another list: the stream itself may be in use elsewhere.
             names = list(stream)

@@ -9,6 +9,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
 from .._compat import hf_split
+from ..layers.pooling import ISqrtPooling
 from .download import UnavailableError, prefetch
 
 __all__ = ['HUB_OWNER', 'check_backbone_weights', 'checkpoint_filter_fn', 'fetch_weights']
@@ -21,8 +22,11 @@ _ARTICLE_STREAM = re.compile(r'features\.(\d)\.')
 # The authors' PyTorch release (cvl-umass/bilinear-cnn): an extractor per stream, in a Sequential if projected.
 _UMASS_STREAM = re.compile(r'feature_extractors\.feature_extractors\.([01])\.(?:0\.)?model\.')
 _UMASS_PROJ = re.compile(r'feature_extractors\.feature_extractors\.([01])\.1\.weight$')
-# What their torchvision backbones hold and do not use.
-_UMASS_UNUSED = re.compile(r'stream_[ab]\.(?:classifier|fc|AuxLogits)\.')
+# What their torchvision backbones hold and do not use; an identity matrix.
+_UMASS_UNUSED = re.compile(r'stream_[ab]\.(?:classifier|fc|AuxLogits)\.|m_sqrt\.I$')
+# fast-MPN-COV: an ImageNet model with its projection as layers, or one made for fine-tuning, a Sequential with the
+# projection in it or in the representation.
+_MPNCOV_PROJ = re.compile(r'(?:layer_reduce(_bn)?|features\.([89])|representation\.conv_dr_block\.([01]))\.')
 
 
 def _rename_article(key: str) -> str:
@@ -40,6 +44,37 @@ def _rename_umass(key: str) -> str:
         )
         return f'stream_{"ab"[int(m[1])]}.{layer}'
     return f'head.{key}' if key.startswith('fc.') else key
+
+
+def _is_mpncov(state_dict: Dict[str, torch.Tensor]) -> bool:
+    if 'layer_reduce.weight' in state_dict or 'representation.conv_dr_block.0.weight' in state_dict:
+        return True
+    return 'features.8.weight' in state_dict and 'features.4.0.conv1.weight' in state_dict
+
+
+def _rename_mpncov(key: str, is_vgg: bool) -> str:
+    if (m := _MPNCOV_PROJ.match(key)) and not (is_vgg and key.startswith('features.')):
+        is_norm = m[1] is not None or m[2] == '9' or m[3] == '1'
+        return f'head.proj_a.{"bn" if is_norm else "conv"}.{key[m.end() :]}'
+    if key.startswith(('fc.', 'classifier.')):
+        return f'head.fc.{key.split(".", 1)[1]}'
+    if is_vgg:
+        return key.replace('features.', 'stream_a.features_', 1)
+    if key.startswith('features.'):
+        return _rename_article(key)
+    return f'stream_a.{key}'
+
+
+def _from_mpncov(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Weights of fast-MPN-COV, whose classifier is on the bare triangle; its ImageNet VGG has three more layers there,
+    which are left out."""
+    is_vgg = 'features.0.bias' in state_dict
+    state_dict = {_rename_mpncov(k, is_vgg): v for k, v in state_dict.items()}
+    state_dict = {k: v for k, v in state_dict.items() if not re.match(r'head\.fc\.\d', k)}
+    weight = state_dict.get('head.fc.weight')
+    if weight is not None and isinstance(model.head.pool, ISqrtPooling):
+        state_dict['head.fc.weight'] = model.head.pool.fold_triangle(weight)
+    return state_dict
 
 
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module):
@@ -73,8 +108,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     """Take every checkpoint of a bilinear CNN to this package's names and packed classifier.
 
     Accepts our own and timm train script's, those of the article's `Net` (`features.0.weight`, `classifiers.0.weight`)
-    and those of the authors' PyTorch release (`feature_extractors.feature_extractors.0.model.0.weight`, `fc.weight`),
-    with or without 'module.', with a full C * C or a packed classifier.
+    those of the authors' PyTorch release (`feature_extractors.feature_extractors.0.model.0.weight`, `fc.weight`) and
+    those of fast-MPN-COV (`layer_reduce.weight` or `representation.conv_dr_block.0.weight`), with or without 'module.',
+    with a full C * C or a packed classifier.
 
     Args:
         state_dict: Checkpoint weights.
@@ -92,6 +128,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     elif any(_UMASS_STREAM.match(k) for k in state_dict):
         state_dict = {_rename_umass(k): v for k, v in state_dict.items()}
         state_dict = {k: v for k, v in state_dict.items() if not _UMASS_UNUSED.match(k)}
+    elif _is_mpncov(state_dict):
+        state_dict = _from_mpncov(state_dict, model)
     weight = state_dict.get('head.fc.weight')
     head = model.head
     if weight is not None and head.pool is not None:

@@ -23,10 +23,18 @@ from timm.models import (
 
 from .._compat import ordinary_tensors
 from .download import prefetch
-from .levels import narrow_stream
+from .levels import add_class_token, narrow_stream, set_last_stride
 from .pretrained import check_backbone_weights
 
-__all__ = ['concat_streams', 'create_stream', 'create_streams', 'first_convs', 'input_config', 'match_grid']
+__all__ = [
+    'concat_levels',
+    'concat_streams',
+    'create_stream',
+    'create_streams',
+    'first_convs',
+    'input_config',
+    'match_grid',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -118,8 +126,10 @@ def _refused(arg: str, backbone: str, backbone_args: Dict[str, Any], names: Sequ
 def create_stream(
     arg: str,
     backbone: str,
-    out_index: int = -1,
+    out_indices: Sequence[int] = (-1,),
     all_levels: bool = False,
+    last_stride: Optional[int] = None,
+    class_token: bool = False,
     pretrained: bool = False,
     cache_dir: Optional[Union[str, Path]] = None,
     img_size: Optional[Union[int, Tuple[int, int]]] = None,
@@ -131,8 +141,11 @@ def create_stream(
     Args:
         arg: Name of the argument that `backbone` came by, for errors.
         backbone: timm model name, with or without tag.
-        out_index: Level of timm's `feature_info` at which the stream ends; negative ones count from the last.
-        all_levels: Return every level up to it, not it alone.
+        out_indices: Levels of timm's `feature_info` that the stream returns, at the last of which it ends; negative
+            ones count from the last there is.
+        all_levels: Return every level up to it, not these alone.
+        last_stride: Stride of the last stage.
+        class_token: Return the class token too, as a last map.
         pretrained: Load the backbone's own weights.
         cache_dir: Cache folder for them.
         img_size: Input size, for backbones built for one size; others ignore it.
@@ -161,27 +174,38 @@ def create_stream(
             raise _refused(arg, backbone, backbone_args, refused) from probe
         raise ValueError(f"'{arg}': {backbone!r} has no spatial features for a bilinear CNN ({probe}).") from probe
     levels = len(probe.feature_info.info)
-    if not -levels <= out_index < levels:
-        arg = arg.replace('backbone', 'out_index')
-        raise ValueError(f"'{arg}' must be in [{-levels}, {levels}) for {backbone!r}, got {out_index}.")
-    out_index %= levels
+    arg_of_levels = arg.replace('backbone', 'out_index' if len(out_indices) == 1 else 'out_indices')
+    for index in out_indices:
+        if not -levels <= index < levels:
+            raise ValueError(f"'{arg_of_levels}' must be in [{-levels}, {levels}) for {backbone!r}, got {index}.")
+    chosen = sorted({index % levels for index in out_indices})
+    if len(chosen) < len(out_indices):
+        raise ValueError(f"'{arg_of_levels}' must be different levels of {backbone!r}, got {tuple(out_indices)}.")
     if pretrained:
         check_backbone_weights(backbone)
         overlay = prefetch(getattr(probe, 'pretrained_cfg', {}), cache_dir)
         backbone_args = dict(backbone_args, pretrained_cfg_overlay=overlay)
     # Some of timm's networks describe levels that no layer of theirs gives.
-    out_indices = tuple(i for i in range(out_index + 1) if probe.feature_info[i]['module'] or i == out_index)
+    built = tuple(i for i in range(chosen[-1] + 1) if probe.feature_info[i]['module'] or i in chosen)
     stream = _create_features(
-        backbone, pretrained=pretrained, cache_dir=cache_dir, out_indices=out_indices, **dict(kwargs, **backbone_args)
+        backbone, pretrained=pretrained, cache_dir=cache_dir, out_indices=built, **dict(kwargs, **backbone_args)
     )
+    if last_stride is not None and not set_last_stride(stream, chosen[-1], last_stride):
+        raise ValueError(
+            f"'last_stride': {backbone!r} has no strided convolutions in its last stage, or more that is strided."
+        )
     if not all_levels:
-        narrow_stream(stream, out_index)
+        narrow_stream(stream, chosen)
+    if class_token:
+        stream = add_class_token(stream)
+        if stream is None:
+            raise ValueError(f"'class_token': {backbone!r} has none.")
     return stream
 
 
 def create_streams(
     backbones: Sequence[Optional[str]],
-    out_indices: Sequence[int],
+    out_indices: Sequence[Sequence[int]],
     backbone_args: Sequence[Optional[Dict[str, Any]]],
     drop_args: Dict[str, Optional[float]],
     bn_args: Dict[str, Optional[float]],
@@ -191,7 +215,7 @@ def create_streams(
 
     Args:
         backbones: timm model names of streams a and b, None for no stream.
-        out_indices: Levels at which they end.
+        out_indices: Levels that each returns.
         backbone_args: Arguments of each backbone's own.
         drop_args: Drop rates, by the backbones' names of them; None leaves the backbones' defaults.
         bn_args: Attributes of batch norms; None leaves them.
@@ -207,14 +231,14 @@ def create_streams(
     bn_args = {name: value for name, value in bn_args.items() if value is not None}
     unused = {name for name, value in drop_args.items() if value}
     streams: List[Optional[nn.Module]] = []
-    for arg, backbone, index, args in zip(('backbone_a', 'backbone_b'), backbones, out_indices, backbone_args):
+    for arg, backbone, levels, args in zip(('backbone_a', 'backbone_b'), backbones, out_indices, backbone_args):
         if backbone is None:
             streams.append(None)
             continue
         resolved = _resolve_backbone(arg, backbone)
         taken = {name: value for name, value in drop_args.items() if _takes(resolved, name, value)}
         unused -= set(taken)
-        streams.append(create_stream(arg, backbone, index, backbone_args=args, **taken, **kwargs))
+        streams.append(create_stream(arg, backbone, levels, backbone_args=args, **taken, **kwargs))
     norms = [m for stream in streams if stream is not None for m in stream.modules() if isinstance(m, _BATCH_NORMS)]
     listed = ' or '.join(repr(backbone) for backbone in backbones if backbone is not None)
     for name in sorted(unused):
@@ -321,7 +345,7 @@ def match_grid(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 @register_notrace_function
 def concat_streams(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """One map of two streams, channels of a then b, on the coarser of their grids.
+    """One map of two, channels of a then b, on the coarser of their grids.
 
     Args:
         a: (B, Ca, Ha, Wa) features.
@@ -331,3 +355,15 @@ def concat_streams(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         (B, Ca + Cb, min(Ha, Hb), min(Wa, Wb)); a finer map is average-pooled adaptively.
     """
     return torch.cat([match_grid(a, b), match_grid(b, a)], dim=1)
+
+
+def concat_levels(maps: List[torch.Tensor]) -> torch.Tensor:
+    """One map of several levels of a stream, on the grid of the last, which is the coarsest.
+
+    Args:
+        maps: (B, C, H, W) features of levels in the order of their depth.
+
+    Returns:
+        (B, sum of C, H, W); finer maps are average-pooled adaptively.
+    """
+    return torch.cat([match_grid(m, maps[-1]) for m in maps], dim=1)

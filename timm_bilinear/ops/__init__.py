@@ -12,14 +12,17 @@ from . import library, reference
 from .packing import fold_symmetric_weight, pack_symmetric, packed_size, unfold_symmetric_weight, unpack_symmetric
 
 __all__ = [
+    'autocast_dtype',
     'bilinear_pool',
     'bilinear_classify',
+    'check_maps',
     'descriptor_size',
     'pack_symmetric',
     'unpack_symmetric',
     'fold_symmetric_weight',
     'unfold_symmetric_weight',
     'POOL_TYPES',
+    'without_autocast',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -32,14 +35,16 @@ def descriptor_size(channels: int, channels_b: Optional[int] = None) -> int:
     return packed_size(channels) if channels_b is None else channels * channels_b
 
 
-def _autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+    """Dtype that autocast casts to, None where it is off."""
     if device_type != 'meta' and torch.is_autocast_enabled(device_type):  # of meta tensors there is none to ask for
         return torch.get_autocast_dtype(device_type)
     return None
 
 
-def _without_autocast(device_type: str):
-    return nullcontext() if _autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
+def without_autocast(device_type: str):
+    """Context in which autocast is off."""
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
 def _check_features(name: str, x: torch.Tensor):
@@ -59,8 +64,28 @@ def _check_same(what: str, name: str, got, expected):
 
 
 def _check_dtype(name: str, x: torch.Tensor, a: torch.Tensor):
-    if x.dtype != a.dtype and _autocast_dtype(a.device.type) is None:
+    if x.dtype != a.dtype and autocast_dtype(a.device.type) is None:
         raise TypeError(f"'{name}' must have the dtype of 'a', {a.dtype}, got {x.dtype}.")
+
+
+def check_maps(a: torch.Tensor, b: Optional[torch.Tensor]):
+    """Check the features of one stream or two.
+
+    Args:
+        a: (B, Ca, H, W) or (B, Ca, N) features.
+        b: Features of a second stream on the same grid, or None.
+
+    Raises:
+        TypeError: If a tensor is not floating point, or dtypes differ outside autocast.
+        ValueError: If shapes or devices are wrong.
+    """
+    _check_features('a', a)
+    if b is not None:
+        _check_features('b', b)
+        _check_same('device', 'b', b.device, a.device)
+        _check_dtype('b', b, a)
+        _check_same('batch size', 'b', b.shape[0], a.shape[0])
+        _check_same('locations', 'b', tuple(b.shape[2:]), tuple(a.shape[2:]))
 
 
 def _check(
@@ -71,14 +96,9 @@ def _check(
     pool: str,
     eps: float,
 ):
-    _check_features('a', a)
+    check_maps(a, b)
     size, described = packed_size(a.shape[1]), f'{a.shape[1]} channels, packed'
     if b is not None:
-        _check_features('b', b)
-        _check_same('device', 'b', b.device, a.device)
-        _check_dtype('b', b, a)
-        _check_same('batch size', 'b', b.shape[0], a.shape[0])
-        _check_same('locations', 'b', tuple(b.shape[2:]), tuple(a.shape[2:]))
         size, described = a.shape[1] * b.shape[1], f'{a.shape[1]} x {b.shape[1]} channels'
     if weight is not None:
         for name, x in (('weight', weight), ('bias', bias)):
@@ -174,8 +194,8 @@ def bilinear_pool(
         ValueError: If shapes, devices, `pool` or `eps` are wrong.
     """
     _check(a, b, None, None, pool, eps)
-    dtype = _autocast_dtype(a.device.type) or a.dtype
-    with _without_autocast(a.device.type):
+    dtype = autocast_dtype(a.device.type) or a.dtype
+    with without_autocast(a.device.type):
         a, b = _streams(a, b)
         if _is_fast(a, pool):
             y, *_ = library.bilinear_pool(a, b, pool, eps)
@@ -219,8 +239,8 @@ def bilinear_classify(
     if weight is None:
         raise TypeError("'weight' must be a tensor, got NoneType.")
     _check(a, b, weight, bias, pool, eps)
-    dtype = _autocast_dtype(a.device.type) or a.dtype
-    with _without_autocast(a.device.type):
+    dtype = autocast_dtype(a.device.type) or a.dtype
+    with without_autocast(a.device.type):
         a, b = _streams(a, b)
         if _is_fast(a, pool):
             logits, *_ = library.bilinear_classify(a, b, weight, bias, pool, eps, recompute)

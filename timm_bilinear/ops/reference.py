@@ -12,7 +12,18 @@ import torch.nn.functional as F
 
 from .packing import triangle_indices
 
-__all__ = ['bilinear_pool', 'bilinear_classify', 'compute_dtype', 'descriptors', 'norm']
+__all__ = [
+    'bilinear_classify',
+    'bilinear_pool',
+    'compute_dtype',
+    'descriptors',
+    'norm',
+    'pack',
+    'products',
+    'safe_scales',
+    'signed_root',
+    'widen',
+]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +53,7 @@ class _Widen(torch.autograd.Function):
         return tangent.float()
 
 
-def _widen(x: torch.Tensor) -> torch.Tensor:
+def widen(x: torch.Tensor) -> torch.Tensor:
     """Features (B, C, N) in the dtype they are multiplied in."""
     if not torch.jit.is_scripting():
         if x.dtype == torch.float16 and x.requires_grad:
@@ -58,7 +69,7 @@ def _max_locations(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cat(blocks, 1)
 
 
-def _products(a: torch.Tensor, b: torch.Tensor, pool: str) -> torch.Tensor:
+def products(a: torch.Tensor, b: torch.Tensor, pool: str) -> torch.Tensor:
     """Pooled outer products Z, (B, Ca, Cb)."""
     if pool == 'max':
         n = _max_locations(a, b)
@@ -67,7 +78,7 @@ def _products(a: torch.Tensor, b: torch.Tensor, pool: str) -> torch.Tensor:
     return z / a.shape[2] if pool == 'avg' else z
 
 
-def _scales(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def safe_scales(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Divisors of each image's features, (B, 1, 1): 1, but the largest of each where their products could overflow."""
     largest_a = a.detach().abs().amax((1, 2), keepdim=True)
     largest_b = b.detach().abs().amax((1, 2), keepdim=True)
@@ -79,12 +90,18 @@ def _scales(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.Tenso
 
 
 def norm(y: torch.Tensor) -> torch.Tensor:
-    """Lengths (B, 1) of descriptors (B, D), at least 1e-12; all their derivatives are finite, at 0 too."""
-    squares = y.square().sum(1, keepdim=True)
+    """Lengths (..., 1) of vectors (..., D), at least 1e-12; all their derivatives are finite, at 0 too."""
+    squares = y.square().sum(-1, keepdim=True)
     return torch.where(squares < 1e-24, 1e-24, squares).sqrt()
 
 
-def _pack(y: torch.Tensor) -> torch.Tensor:
+def signed_root(z: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """sign(z) (sqrt(|z| + eps) - sqrt(eps)), of any shape that eps > 0 broadcasts to."""
+    # The gradient at z = 0 is 0: sign() has none, and the |z| inside the root is taken with abs(), whose is 0 there.
+    return z.sign() * ((z.abs() + eps).sqrt() - eps.sqrt())
+
+
+def pack(y: torch.Tensor) -> torch.Tensor:
     """Upper triangle of (B, C, C), off-diagonals times sqrt(2), gathered by an index that is a constant of graphs."""
     channels = int(y.shape[1])  # a tensor, for the tracer
     if torch.jit.is_scripting():
@@ -104,24 +121,23 @@ def _unnormalised(
     scale: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Descriptors before the L2 norm, (B, D), and their norms, (B, 1), both in the compute dtype."""
-    a = _widen(a)
+    a = widen(a)
     symmetric = b is None
-    b_ = a if b is None else _widen(b)
+    b_ = a if b is None else widen(b)
 
     # After the L2 norm only eps tells that features were scaled down.
     if scale is None:
-        scale_a, scale_b = _scales(a, b_)
+        scale_a, scale_b = safe_scales(a, b_)
     else:
         scale_a, scale_b = scale[:, :1].unsqueeze(2), scale[:, 1:].unsqueeze(2)
     a = a / scale_a
     b_ = a if symmetric else b_ / scale_b
     eps_ = (eps / scale_a / scale_b).clamp_min(1e-30)  # sqrt() has no gradient at 0
 
-    z = _products(a, b_, pool)
-    # The gradient at Z = 0 is 0: sign() has none, and the |Z| inside the root is taken with abs(), whose is 0 there.
-    y = z.sign() * ((z.abs() + eps_).sqrt() - eps_.sqrt())
+    z = products(a, b_, pool)
+    y = signed_root(z, eps_)
     if symmetric:
-        y = _pack(y)
+        y = pack(y)
     else:
         y = y.flatten(1)
     return y, norm(y)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..layers import BilinearHead, list_poolings
+from ..layers.pooling import most_streams
 from ..ops import bilinear_classify, cpu, descriptor_size
 from .measure import (
     describe_machine,
@@ -312,6 +313,7 @@ def benchmark_poolings(output: Optional[Union[str, Path]] = None, repeats: int =
                 device=torch_device,
             )
             for name in list_poolings()
+            if most_streams(name) >= streams
         }
 
         forward = {name: partial(_step, head, features, backward=False) for name, head in heads.items()}

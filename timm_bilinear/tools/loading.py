@@ -14,7 +14,13 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
+from timm.models import (
+    get_pretrained_cfg,
+    is_model,
+    is_model_in_modules,
+    list_models,
+    split_model_name_tag,
+)
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -53,7 +59,7 @@ def _check_registered(name: str):
     if tag and tag not in tags:
         known = ', '.join(map(repr, tags))
         raise ValueError(f"'{architecture}' has no weights '{tag}'{f', but {known}' if tags else ''}.")
-    if not tag and architecture.startswith('bcnn'):
+    if not tag and is_model_in_modules(architecture, ['bcnn']):
         known = ' or '.join(f"'{architecture}.{each}'" for each in tags)
         remedy = f'give {known}, or fine-tune it first' if tags else 'fine-tune it first'
         raise ValueError(f"'{name}' has weights for its streams, but none for its classifier: {remedy}.")

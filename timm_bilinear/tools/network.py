@@ -18,7 +18,7 @@ from .settings import Settings
 __all__ = ['check_network', 'create_network', 'describe_network', 'rebuild_network', 'try_out']
 
 # Where the weights of a classifier are in the checkpoints that a bilinear CNN takes: ours, the article's, the authors'.
-_CLASSIFIERS = ('head.fc.weight', 'classifiers.0.weight', 'fc.weight')
+_CLASSIFIERS = ('head.fc.weight', 'classifiers.0.weight', 'fc.weight', 'classifier.weight')
 # What timm raises of arguments that do not fit a model, beside ValueError, TypeError and RuntimeError.
 _MISFITS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError)
 

@@ -3,14 +3,15 @@
 Source: Lin, RoyChowdhury, Maji, 'Bilinear CNNs for Fine-grained Visual Recognition', https://arxiv.org/abs/1504.07889.
 """
 
-from typing import Annotated, Optional, Tuple
+from typing import Annotated, Literal, Optional, Tuple
 
 import torch
 import torch.fx
 import torch.nn as nn
 
-from ...ops import bilinear_classify, bilinear_pool, descriptor_size, fold_symmetric_weight, reference
+from ...ops import bilinear_classify, bilinear_pool, descriptor_size, reference
 from ..arguments import Bounds
+from .power import power_pool
 from .registry import BilinearPooling, register_pooling
 
 __all__ = ['AvgPooling', 'ExactPooling', 'MaxPooling', 'SumPooling']
@@ -26,6 +27,8 @@ def exact_pool(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, eps: float
 class ExactPooling(BilinearPooling):
     """Outer product per location, pooled, signed square root, L2 norm; packed if one stream is paired with itself."""
 
+    is_packed = True
+    is_unit_length = True
     reduction: str  # over locations
 
     def __init__(
@@ -33,6 +36,8 @@ class ExactPooling(BilinearPooling):
         in_features: Tuple[int, ...],
         *,
         eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        power: Literal['root', 'sigme', 'maxexp'] = 'root',
+        eta: Annotated[Optional[float], Bounds(1)] = None,
         device=None,
         dtype=None,
     ):
@@ -40,25 +45,28 @@ class ExactPooling(BilinearPooling):
         Args:
             in_features: Channels of one stream or of two.
             eps: Offset under the signed square root; 1e-10 is the article's, 1e-5 that of the authors' release.
-
-        Raises:
-            ValueError: If there are more than two streams.
+            power: 'root' for the signed square root; 'sigme' and 'maxexp' of the outer product divided by its trace.
+            eta: How steep SigmE or MaxExp is; None for the number of channels.
         """
         super().__init__()
-        if len(in_features) not in (1, 2):
-            raise ValueError(f'Bilinear pooling is of one stream or two, got {len(in_features)}.')
         self.in_features = tuple(in_features)
         self.num_features = descriptor_size(*in_features)
         self.eps = eps
+        self.power = power
+        self.eta = float((in_features[0] * in_features[-1]) ** 0.5 if eta is None else eta)
         self.reduction = type(self).reduction  # an attribute of its own, for TorchScript
 
     def forward(self, a: torch.Tensor, b: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if self.power != 'root':
+            return power_pool(a, b, self.reduction, self.power, self.eta)
         if not torch.jit.is_scripting():
             if isinstance(a, torch.fx.Proxy):  # a node of the graph: the op's checks and choice of a path end a trace
                 return a.tracer.create_proxy('call_function', exact_pool, (a, b, self.reduction, self.eps), {})
         return exact_pool(a, b, self.reduction, self.eps)
 
     def classify(self, maps: Tuple[torch.Tensor, ...], fc: nn.Linear) -> Optional[torch.Tensor]:
+        if self.power != 'root':
+            return None
         a, b = maps if len(maps) == 2 else (maps[0], None)
         return bilinear_classify(
             a,
@@ -70,13 +78,9 @@ class ExactPooling(BilinearPooling):
             recompute=self.grad_checkpointing,
         )
 
-    def fold_classifier(self, weight: torch.Tensor) -> torch.Tensor:
-        """Fold a full (K, C * C) weight of one stream to a packed one."""
-        is_full = len(self.in_features) == 1 and weight.shape[1] == self.in_features[0] ** 2 != self.num_features
-        return fold_symmetric_weight(weight) if is_full else weight
-
     def extra_repr(self) -> str:
-        return f'in_features={self.in_features}, num_features={self.num_features}, eps={self.eps:g}'
+        power = f'eps={self.eps:g}' if self.power == 'root' else f'power={self.power!r}, eta={self.eta:g}'
+        return f'in_features={self.in_features}, num_features={self.num_features}, {power}'
 
 
 @register_pooling('avg')

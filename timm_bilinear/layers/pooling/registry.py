@@ -2,18 +2,21 @@
 
 import difflib
 import inspect
-from typing import Annotated, Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, TypeVar, Union
+from typing import Annotated, Any, Callable, ClassVar, Dict, List, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
 
+from ...ops import fold_symmetric_weight
 from ..arguments import Bounds, arguments_of, check_argument, check_arguments
 
 __all__ = [
     'BilinearPooling',
     'check_pooling',
+    'check_takes_levels',
     'create_pooling',
     'list_poolings',
+    'most_streams',
     'pooling_arguments',
     'register_pooling',
 ]
@@ -30,10 +33,18 @@ class BilinearPooling(nn.Module):
             def __init__(self, in_features, *, rank: Annotated[int, Bounds(1, 512)] = 8, device=None, dtype=None):
 
     Attributes:
+        max_streams: Feature maps that it takes at most.
+        is_unit_length: Whether descriptors have an L2 norm of 1.
+        is_packed: Whether descriptors of one stream are packed symmetric matrices of its `in_features`.
+        takes_levels: Whether it takes several levels of one stream, concatenated in one map.
         num_features: Descriptor size D, set by the subclass.
         grad_checkpointing: Whether backward should make again what forward could keep.
     """
 
+    max_streams: ClassVar[int] = 2
+    is_packed: ClassVar[bool] = False
+    is_unit_length: bool = False
+    takes_levels: ClassVar[bool] = False
     num_features: int
 
     def __init__(self):
@@ -57,8 +68,15 @@ class BilinearPooling(nn.Module):
         """Logits (B, K) of a plain linear classifier by a fused path, or None: `fc(self(*maps))` is called then."""
         return None
 
+    def create_classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
+        """A classifier on this pooling's descriptors, with attributes `weight` and `bias`."""
+        return nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
+
     def fold_classifier(self, weight: torch.Tensor) -> torch.Tensor:
-        """A checkpoint's classifier weight (K, D'), in this pooling's layout (K, D) where it has another known one."""
+        """A checkpoint's classifier weight, (K, D) in this pooling's layout: folded if it is one on full matrices."""
+        if self.is_packed and len(self.in_features) == 1:
+            if weight.shape[1] == self.in_features[0] ** 2 != self.num_features:
+                return fold_symmetric_weight(weight)
         return weight
 
 
@@ -121,6 +139,26 @@ def _pooling_class(name: str) -> Type[BilinearPooling]:
     return _poolings[name]
 
 
+def most_streams(name: str) -> int:
+    """Feature maps that a pooling takes at most.
+
+    Raises:
+        ValueError: If there is no such pooling.
+    """
+    return _pooling_class(name).max_streams
+
+
+def check_takes_levels(name: str):
+    """Check that a pooling takes several levels of one stream.
+
+    Raises:
+        ValueError: If it does not, or there is no such pooling.
+    """
+    if not _pooling_class(name).takes_levels:
+        takers = ', '.join(repr(k) for k, v in sorted(_poolings.items()) if v.takes_levels)
+        raise ValueError(f"Pooling '{name}' does not take several levels of a stream, as {takers} does.")
+
+
 def pooling_arguments(name: str) -> Dict[str, Any]:
     """Arguments of a pooling and their annotations, read from its constructor.
 
@@ -180,9 +218,13 @@ def create_pooling(
 
     Raises:
         TypeError: If the pooling has no such argument, or a value is of the wrong type.
-        ValueError: If there is no such pooling, or a value is out of its bounds.
+        ValueError: If there is no such pooling, a value is out of its bounds, or there are too many streams.
     """
     args = check_pooling(name, args)
     in_features = check_argument('in_features', _IN_FEATURES, in_features)
     in_features = (in_features,) if isinstance(in_features, int) else in_features
+    most = most_streams(name)
+    if not 1 <= len(in_features) <= most:
+        streams = 'one stream' if most == 1 else f'1 to {most} streams'
+        raise ValueError(f"Pooling '{name}' is of {streams}, got {len(in_features)}.")
     return _pooling_class(name)(in_features, **args, device=device, dtype=dtype)

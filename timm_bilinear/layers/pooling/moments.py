@@ -1,0 +1,76 @@
+"""First and second moments of tokens, as a classifier on a frozen transformer has them.
+
+In the spirit of Gao, Wang, Hu, Zuo, Li, 'Tuning Pre-trained Model via Moment Probing', https://arxiv.org/abs/2307.11342,
+and Xie, Zeng, Wang, Zhou, Li, 'SoT: Delving Deeper into Classification Head for Transformer',
+https://arxiv.org/abs/2104.10935.
+"""
+
+from typing import Annotated, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ...ops import reference
+from ..arguments import Bounds
+from .plain import PlainPooling
+from .registry import register_pooling
+
+__all__ = ['MomentsPooling']
+
+
+@register_pooling('moments')
+class MomentsPooling(PlainPooling):
+    """The class token, or the mean of the tokens, beside cross-covariances of neighbouring heads of the tokens.
+
+    The first part is normalised as by a layer norm, whose scale and shift a linear classifier has. Tokens are
+    projected, split into heads, layer-normalised and centred; each covariance has a signed square root and unit length.
+    A linear classifier on both is the sum of one on each.
+    """
+
+    def __init__(
+        self,
+        in_features: Tuple[int, ...],
+        *,
+        dim: Annotated[int, Bounds(2, 65536)] = 256,
+        heads: Annotated[int, Bounds(2, 1024)] = 4,
+        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_features: Channels of the tokens, and of the class token if there is one.
+            dim: Channels that tokens are projected to, of all heads together.
+            heads: Number of heads, each of which is paired with the next.
+            eps: Offset under the signed square root.
+
+        Raises:
+            ValueError: If `dim` is no multiple of `heads`.
+        """
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"'dim' must be a multiple of 'heads', got {dim} and {heads}.")
+        dd = {'device': device, 'dtype': dtype}
+        self.in_features = tuple(in_features)
+        self.heads, self.head_dim = heads, dim // heads
+        self.eps = eps
+        self.num_features = in_features[-1] + (heads - 1) * self.head_dim**2
+        self.proj = nn.Linear(in_features[0], dim, **dd)
+        self.norm = nn.LayerNorm(self.head_dim, **dd)
+
+    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+        """Of tokens `a`; the class token is that at every location of `b`."""
+        first = (a if b is None else b).mean(2)
+        first = F.layer_norm(first / first.detach().abs().amax(1, keepdim=True).clamp_min(1.0), self.in_features[-1:])
+        scale, _ = reference.safe_scales(a, a)
+        tokens = F.linear((a / scale).transpose(1, 2), self.proj.weight.to(a.dtype), self.proj.bias.to(a.dtype))
+        x = tokens.unflatten(2, (self.heads, self.head_dim))  # (B, N, heads, d)
+        x = F.layer_norm(x, (self.head_dim,), self.norm.weight.to(a.dtype), self.norm.bias.to(a.dtype), self.norm.eps)
+        x = (x - x.mean(1, keepdim=True)).transpose(1, 2)
+        z = torch.matmul(x[:, :-1].transpose(2, 3), x[:, 1:]) / x.shape[2]
+        y = reference.signed_root(z.flatten(2), torch.full((), self.eps, dtype=z.dtype, device=z.device))
+        return torch.cat([first, (y / reference.norm(y)).flatten(1)], 1)
+
+    def extra_repr(self) -> str:
+        return f'in_features={self.in_features}, num_features={self.num_features}, heads={self.heads}'
