@@ -1,11 +1,12 @@
 """Look up fonts that were in no training set: queries of one renderer in a gallery of another.
 
     python hub/fonts/build.py unseen --npm $(python hub/fonts/retrieval.py --families)
-    python hub/fonts/chromium.py unseen images/unseen_chromium --count 4
-    python hub/fonts/pango.py unseen images/unseen_pango --count 8
+    python hub/fonts/chromium.py unseen images/unseen_chromium --count 1
+    python hub/fonts/pango.py unseen images/unseen_pango --count 2
     python hub/fonts/retrieval.py hub/FOLDER images/unseen_chromium images/unseen_pango
 
-Descriptors are compared by their cosine. A gallery's image is right if it is of the query's font.
+Descriptors, of the views that `predict` takes, are compared by their cosine. A gallery's image is right if it is of the
+query's font, or, told apart, of its family.
 """
 
 import argparse
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from timm_bilinear.data.folder import create_split
 from timm_bilinear.data.loader import create_loader
-from timm_bilinear.tools.inference import autocast, load, resolve_amp_dtype, view_data_config
+from timm_bilinear.tools.inference import autocast, load, resolve_amp_dtype, resolve_tta, view_data_config, views
 
 __all__ = ['FAMILIES', 'describe', 'score']
 
@@ -35,15 +38,23 @@ _RECALLS = (1, 2, 4, 8)
 
 @torch.inference_mode()
 def describe(model: nn.Module, images: Path) -> Tuple[torch.Tensor, List[str]]:
-    """Descriptors (N, D) of unit length of the images of a folder's test split, and the names of their folders."""
+    """Descriptors (N, D) of unit length of the images of a folder's test split, and the names of their folders.
+
+    A descriptor is the mean over the image's views, of unit length again.
+    """
     data = create_split(images, 'test')
     test, names = data.splits['test'], data.class_names
+    tta = resolve_tta(model, 'auto')
+    size = view_data_config(model)['input_size'][1:]
     amp_dtype = resolve_amp_dtype('auto', torch.device('cpu'))
     parts, labels = [], []
-    for pixels, targets in create_loader(test, view_data_config(model), 32):
-        with autocast(torch.device('cpu'), amp_dtype):
-            features = model.forward_features(pixels.to(memory_format=torch.channels_last))
-            parts.append(model.forward_head(features, pre_logits=True).float())
+    for pixels, targets in tqdm(create_loader(test, view_data_config(model, tta), 16), images.name, unit='batch'):
+        total = 0.0
+        for view in views(pixels, tta, size):
+            with autocast(torch.device('cpu'), amp_dtype):
+                features = model.forward_features(view.to(memory_format=torch.channels_last))
+                total = total + model.forward_head(features, pre_logits=True).float()
+        parts.append(F.normalize(total))
         labels += [names[i] for i in targets.tolist()]
     return torch.cat(parts), labels
 
@@ -90,9 +101,11 @@ def main():
     try:
         model = load(args.model, device='cpu')
         queries, gallery = (describe(model, images) for images in (args.queries, args.gallery))
-        print(f'{len(queries[1])} queries, gallery of {len(gallery[1])} images, {len(set(gallery[1]))} fonts')
-        for name, value in score(*queries, *gallery).items():
-            print(f'{name}: {value:.1f} %')
+        for what, of in (('font', str), ('family', lambda name: name.split('-latin-')[0])):
+            labels, found = ([of(name) for name in each[1]] for each in (queries, gallery))
+            print(f'{len(labels)} queries, gallery of {len(found)} images, by {what} of {len(set(found))}:')
+            scores = score(queries[0], labels, gallery[0], found)
+            print('  ' + ', '.join(f'{name} {value:.1f} %' for name, value in scores.items()))
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'retrieval.py: error: {e}')
 

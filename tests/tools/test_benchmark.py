@@ -3,6 +3,7 @@ import torch
 
 from timm_bilinear.cli import main
 from timm_bilinear.layers import list_poolings
+from timm_bilinear.layers.pooling import most_streams
 from timm_bilinear.ops import bilinear_classify, fold_symmetric_weight
 from timm_bilinear.tools import benchmark, measure
 
@@ -48,11 +49,20 @@ def test_table(monkeypatch, tmp_path, channels_b):
 
 
 def test_every_pooling_is_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, 'POOLING_CASE', benchmark.Case(2, 8, None, 4, 3))
+    cases = [benchmark.Case(2, 8, channels_b, 4, 3) for channels_b in (None, 6)]
+    monkeypatch.setattr(benchmark, 'POOLING_CASES', cases)
+    monkeypatch.setattr(torch, 'compile', lambda head: head)
     main(['benchmark', 'poolings', '--repeats', '1', '--output', str(tmp_path / 'table.md')])
-    rows = [line.strip('| ').split(' | ') for line in (tmp_path / 'table.md').read_text().splitlines()[-6:]]
-    assert [row[0] for row in rows] == 2 * list_poolings() and {row[1] for row in rows} == {'1', '2'}
-    assert all(float(row[5]) > 0 for row in rows)
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    rows = [line.strip('| ').split(' | ') for line in lines if line.startswith('| float32')]
+    others = ['average pooling', "article's head"]
+    one = [row for row in rows if row[0] == str(cases[0])]
+    assert [row[1] for row in one] == others + list_poolings()
+    two = [row[1] for row in rows if row[0] == str(cases[1])]
+    assert two == others + [name for name in list_poolings() if most_streams(name) > 1]
+    assert all(float(row[4].split()[0]) > 0 and row[-1].endswith('MiB') for row in rows)
+    heads = benchmark.pooling_heads(cases[0])
+    assert {name: f'{head.num_features:,}' for name, head in heads.items()} == {row[1]: row[2] for row in one}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')

@@ -1,6 +1,6 @@
 """The head: split the streams' features, project, pool, drop, classify."""
 
-from typing import Annotated, ClassVar, List, Literal, Optional, Tuple, Union
+from typing import Annotated, Any, ClassVar, Dict, List, Literal, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -77,8 +77,8 @@ class BilinearHead(nn.Module):
         in_features_b: Annotated[Optional[int], Bounds(1)] = None,
         pool_type: str = 'avg',
         proj_dim: Annotated[Optional[int], Bounds(1)] = None,
-        proj_type: Literal['conv', 'conv_bn_relu'] = 'conv',
         drop_rate: Annotated[float, Bounds(0, 1)] = 0.0,
+        proj_type: Literal['conv', 'conv_bn_relu'] = 'conv',
         device=None,
         dtype=None,
         **pool_args,
@@ -90,8 +90,8 @@ class BilinearHead(nn.Module):
             in_features_b: Channels of stream b, None if stream a is paired with itself (packed symmetric descriptors).
             pool_type: Pooling, one of `list_poolings()`; '' for none (the head returns its input).
             proj_dim: Streams with more channels are projected to this many by a 1x1 convolution. None for never.
-            proj_type: 'conv' for the convolution alone, 'conv_bn_relu' for batch norm and ReLU after it, as MPN-COV.
             drop_rate: Dropout rate of the descriptor.
+            proj_type: 'conv' for the convolution alone, 'conv_bn_relu' for batch norm and ReLU after it, as MPN-COV.
             **pool_args: Arguments of the pooling, e.g. `eps`.
 
         Raises:
@@ -116,20 +116,20 @@ class BilinearHead(nn.Module):
         # channels that are pooled
         self.channels = min(in_features, proj_dim or in_features)
         self.channels_b = None if in_features_b is None else min(in_features_b, proj_dim or in_features_b)
-        self.pool_args = pool_args
-        self._set_pool(pool_type, dd)
+        self._set_pool(pool_type, pool_args, dd)
         self.drop = nn.Dropout(drop_rate)
         self.fc = self._create_fc(num_classes, dd)
 
-    def _set_pool(self, pool_type: str, dd: dict):
+    def _set_pool(self, pool_type: str, pool_args: Dict[str, Any], dd: dict):
         pool = None
         if pool_type:
             in_features = (self.channels,) if self.channels_b is None else (self.channels, self.channels_b)
             if self.levels is not None:
                 check_takes_levels(pool_type)
                 in_features = self.levels
-            pool = create_pooling(pool_type, in_features, **self.pool_args, **dd)
+            pool = create_pooling(pool_type, in_features, **pool_args, **dd)
         self.pool_type = pool_type
+        self.pool_args = pool_args
         self.pool = pool
         # without a pooling, the size of descriptors that the exact one would make
         self.num_features = descriptor_size(self.channels, self.channels_b) if pool is None else pool.num_features
@@ -163,13 +163,12 @@ class BilinearHead(nn.Module):
         num_classes = check_arguments(BilinearHead, dict(num_classes=num_classes))['num_classes']
         dd = get_device_dtype(self, device=device, dtype=dtype)
         if pool_type is not None and pool_type != self.pool_type:
+            pool_args = self.pool_args
             if pool_type:
                 known = pooling_arguments(pool_type)
-                self.pool_args = {
-                    k: v for k, v in self.pool_args.items() if k in known and argument_problem(known[k], v) is None
-                }
+                pool_args = {k: v for k, v in pool_args.items() if k in known and not argument_problem(known[k], v)}
             grad_checkpointing = self.grad_checkpointing
-            self._set_pool(pool_type, dd)
+            self._set_pool(pool_type, pool_args, dd)
             self.grad_checkpointing = grad_checkpointing
         self.fc = self._create_fc(num_classes, dd)
         self.train(self.training)

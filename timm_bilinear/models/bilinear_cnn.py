@@ -32,16 +32,12 @@ class BilinearCNN(nn.Module):
         backbone_b: Optional[str] = None,
         out_index_a: Annotated[int, Bounds(-100, 100)] = -1,
         out_index_b: Annotated[int, Bounds(-100, 100)] = -1,
-        out_indices_a: Annotated[Optional[Tuple[int, ...]], Bounds(-100, 100)] = None,
-        last_stride: Annotated[Optional[int], Bounds(1, 2)] = None,
-        class_token: bool = False,
         num_classes: Annotated[int, Bounds(0, 10_000_000)] = 1000,
         in_chans: Annotated[int, Bounds(1, 1024)] = 3,
         img_size: Annotated[Optional[Union[int, Tuple[int, int]]], Bounds(1, 16384)] = None,
         pool_type: str = 'avg',
         global_pool: Optional[str] = None,
         proj_dim: Annotated[Optional[int], Bounds(1, 65536)] = None,
-        proj_type: Literal['conv', 'conv_bn_relu'] = 'conv',
         drop_rate: Annotated[float, Bounds(0, 1)] = 0.0,
         drop_path_rate: Annotated[Optional[float], Bounds(0, 1)] = None,
         drop_block_rate: Annotated[Optional[float], Bounds(0, 1)] = None,
@@ -49,6 +45,10 @@ class BilinearCNN(nn.Module):
         bn_eps: Annotated[Optional[float], Bounds(above=0, most=1)] = None,
         backbone_args: Annotated[Optional[Dict[str, Any]], Bounds(-65536, 65536)] = None,
         backbone_args_b: Annotated[Optional[Dict[str, Any]], Bounds(-65536, 65536)] = None,
+        out_indices_a: Annotated[Optional[Tuple[int, ...]], Bounds(-100, 100)] = None,
+        last_stride: Annotated[Optional[int], Bounds(1, 2)] = None,
+        class_token: bool = False,
+        proj_type: Literal['conv', 'conv_bn_relu'] = 'conv',
         freeze_backbone: Annotated[bool, Runtime] = False,
         pretrained_streams: Annotated[bool, Internal] = False,
         all_levels: Annotated[bool, Internal] = False,
@@ -63,19 +63,12 @@ class BilinearCNN(nn.Module):
             backbone_b: timm model name of stream b; None to pair stream a with itself.
             out_index_a: Feature level at which stream a ends, an index of timm's `feature_info`.
             out_index_b: Feature level at which stream b ends.
-            out_indices_a: Levels of stream a that are pooled together, in place of `out_index_a`; for a model of one
-                stream and a pooling of several levels ('cross'). A finer map is average-pooled to the coarsest grid.
-            last_stride: Stride of the convolutions of the streams' last stage, 1 for a grid twice as fine without
-                dilation, as MPN-COV and person re-identification have it; None leaves the backbones' own.
-            class_token: Take a transformer's class token as a second map, the same at every location, for a model of
-                one stream and a pooling of tokens ('moments').
             num_classes: Number of classes, 0 for descriptors.
             in_chans: Number of input channels.
             img_size: Input size for backbones that are built for one size.
             pool_type: Pooling, one of `timm_bilinear.layers.list_poolings()`, or '' for the feature map itself.
             global_pool: timm's name for `pool_type`, which it overrides.
             proj_dim: Project streams with more channels to this many by a 1x1 convolution.
-            proj_type: What follows that convolution: 'conv' for nothing, 'conv_bn_relu' for batch norm and ReLU.
             drop_rate: Dropout rate of the descriptor.
             drop_path_rate: Stochastic depth rate of the streams that have it; None leaves the backbones' defaults.
             drop_block_rate: DropBlock rate of the streams that have it; None leaves the backbones' defaults.
@@ -83,6 +76,13 @@ class BilinearCNN(nn.Module):
             bn_eps: Epsilon of the streams' batch norms; None leaves the backbones' own.
             backbone_args: Arguments for the backbones, e.g. `dict(output_stride=16)` for a denser grid.
             backbone_args_b: Arguments for the backbone of stream b; None for those of `backbone_args`.
+            out_indices_a: Levels of stream a that are pooled together, in place of `out_index_a`; for a model of one
+                stream and a pooling of several levels ('cross'). A finer map is average-pooled to the coarsest grid.
+            last_stride: Stride of the convolutions of the streams' last stage, 1 for a grid twice as fine without
+                dilation, as MPN-COV and person re-identification have it; None leaves the backbones' own.
+            class_token: Take a transformer's class token as a second map, the same at every location, for a model of
+                one stream and a pooling of tokens ('moments').
+            proj_type: What follows the projection: 'conv' for nothing, 'conv_bn_relu' for batch norm and ReLU.
             freeze_backbone: Streams get no gradients and stay in eval mode: the first of B-CNN's two training stages.
             pretrained_streams: Load the backbones' own timm weights into the streams.
             all_levels: Streams return all their feature levels (for `features_only`).
@@ -137,6 +137,7 @@ class BilinearCNN(nn.Module):
         self.pooled_levels = sorted(i % count for i in levels_a) if len(levels_a) > 1 else []
         returned = returned_levels(self.stream_a)
         self.pooled_maps = [returned.index(i) for i in self.pooled_levels] or [-1]  # places in what the stream returns
+        self.class_token = class_token
         if class_token:
             self.pooled_maps = [-2, -1]
         channels_a = self.stream_a.feature_info.channels()[-1]
@@ -276,7 +277,7 @@ class BilinearCNN(nn.Module):
         last = max_index if stop_early else len(self.levels) - 1
         pooled = self.pooled_levels if last == len(self.levels) - 1 else []
         needed = [self.levels[i] for i in {*take_indices, *pooled, last}]
-        if self.pooled_maps == [-2, -1] and last == len(self.levels) - 1:
+        if len(self.pooled_maps) == 2 and self.class_token and last == len(self.levels) - 1:
             pooled = [self.levels[last][0], -1]
         maps_a = forward_levels(self.stream_a, x, [i for i, _ in needed])
         maps_b = {} if self.stream_b is None else forward_levels(self.stream_b, x, [j for _, j in needed])
@@ -315,7 +316,7 @@ class BilinearCNN(nn.Module):
             self.levels = self.levels[: max_index + 1]
             self.feature_info = self.feature_info[: max_index + 1]
             self.num_features = self.feature_info[-1]['num_chs']
-            self.pooled_levels, self.pooled_maps = [], [-1]
+            self.pooled_levels, self.pooled_maps = [], [-2 if self.class_token else -1]
         if prune_head:
             self.reset_classifier(0, '')
             self.head.proj_a = nn.Identity()
@@ -326,9 +327,8 @@ class BilinearCNN(nn.Module):
         return maps[-1].permute(0, 3, 1, 2) if nhwc else maps[-1]
 
     def _map_a(self, maps: List[torch.Tensor]) -> torch.Tensor:
-        if len(self.pooled_maps) == 1:
-            return self._map(maps, self.nhwc_a)
-        return concat_levels([self._map([maps[i]], self.nhwc_a) for i in self.pooled_maps])
+        pooled = [self._map([maps[i]], self.nhwc_a) for i in self.pooled_maps]
+        return pooled[0] if len(pooled) == 1 else concat_levels(pooled)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """

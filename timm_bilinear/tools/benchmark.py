@@ -10,7 +10,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Union
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layers import BilinearHead, list_poolings
@@ -69,7 +69,13 @@ CUDA_CASES = [
     )
 ]
 
-POOLING_CASE = Case(16, 512, None, 14, 200)
+POOLING_CASES = [
+    Case(16, 512, None, 28, 200),
+    Case(16, 256, None, 14, 200),
+    Case(16, 256, 256, 14, 200),
+]
+# Heads as the poolings' named models have them.
+_POOLING_FORMS = {'isqrt': dict(proj_dim=256, proj_type='conv_bn_relu'), 'lowrank': dict(proj_dim=100)}
 
 _HEAD_NOTES = """
 
@@ -277,7 +283,47 @@ def benchmark_model(output: Optional[Union[str, Path]] = None, repeats: int = 15
     )
 
 
-def _step(head: BilinearHead, features: List[Tensor], backward: bool):
+class _AverageHead(nn.Module):
+    """Average pooling of both streams and a linear classifier."""
+
+    def __init__(self, num_features: int, num_classes: int):
+        super().__init__()
+        self.num_features = num_features
+        self.fc = nn.Linear(num_features, num_classes)
+
+    def forward(self, x: Tensor, x_b: Optional[Tensor] = None) -> Tensor:
+        return self.fc((x if x_b is None else torch.cat([x, x_b], 1)).mean((2, 3)))
+
+
+class _ArticleHead(nn.Module):
+    """The article's head as a module."""
+
+    def __init__(self, num_features: int, num_classes: int):
+        super().__init__()
+        self.num_features = num_features
+        self.fc = nn.Linear(num_features, num_classes)
+
+    def forward(self, x: Tensor, x_b: Optional[Tensor] = None) -> Tensor:
+        return article_head(x, x_b, self.fc.weight, self.fc.bias)
+
+
+def pooling_heads(case: Case) -> Dict[str, nn.Module]:
+    """Average pooling, the article's head and a head of every pooling that takes the case's streams."""
+    channels_b = case.channels_b or 0
+    heads: Dict[str, nn.Module] = {
+        'average pooling': _AverageHead(case.channels + channels_b, case.classes),
+        "article's head": _ArticleHead(case.channels * (channels_b or case.channels), case.classes),
+    }
+    for name in list_poolings():
+        if most_streams(name) > 1 or case.channels_b is None:
+            form = _POOLING_FORMS.get(name, {})
+            heads[name] = BilinearHead(
+                case.channels, case.classes, in_features_b=case.channels_b, pool_type=name, **form
+            )
+    return heads
+
+
+def _step(head: nn.Module, features: List[Tensor], backward: bool):
     with torch.set_grad_enabled(backward):
         logits = head(features[0], x_b=features[1] if len(features) == 2 else None)
     if backward:
@@ -285,7 +331,7 @@ def _step(head: BilinearHead, features: List[Tensor], backward: bool):
 
 
 def benchmark_poolings(output: Optional[Union[str, Path]] = None, repeats: int = 15, device: str = 'cpu') -> str:
-    """Every registered pooling with its default arguments, as the head of a model: one stream, then two.
+    """Every registered pooling as the head of a model, beside average pooling and the article's head.
 
     Args:
         output: File for the table.
@@ -299,34 +345,32 @@ def benchmark_poolings(output: Optional[Union[str, Path]] = None, repeats: int =
         RuntimeError: If there is no such device.
         OSError: If `output` cannot be written.
     """
-    torch_device, case = find_device(device), POOLING_CASE
-    shape = (case.batch, case.channels, case.side, case.side)
+    torch_device = find_device(device)
     rows = []
-    for streams in (1, 2):
-        features = [torch.randn(shape, device=torch_device).relu_().requires_grad_() for _ in range(streams)]
-        heads = {
-            name: BilinearHead(
-                case.channels,
-                case.classes,
-                in_features_b=case.channels if streams == 2 else None,
-                pool_type=name,
-                device=torch_device,
-            )
-            for name in list_poolings()
-            if most_streams(name) >= streams
-        }
-
-        forward = {name: partial(_step, head, features, backward=False) for name, head in heads.items()}
-        both = {name: partial(_step, head, features, backward=True) for name, head in heads.items()}
-        measured = [measure_seconds(runs, repeats, torch_device) for runs in (forward, both)]
+    for case in tqdm(POOLING_CASES, unit='case'):
+        shapes = [(case.batch, c, case.side, case.side) for c in (case.channels, case.channels_b) if c]
+        features = [torch.randn(shape, device=torch_device).relu_().requires_grad_() for shape in shapes]
+        heads = {name: head.to(torch_device) for name, head in pooling_heads(case).items()}
+        torch.compiler.reset()
+        compiled = {name: torch.compile(head) for name, head in heads.items()}
+        seconds = []
+        for backward in (False, True):
+            for contestants in (heads, compiled):
+                runs = {name: partial(_step, head, features, backward) for name, head in contestants.items()}
+                seconds.append(measure_seconds(runs, repeats, torch_device))
         for name, head in heads.items():
-            memory = peak_memory(both[name], torch_device) / 2**20
-            rows.append([name, f'{streams}', f'{head.num_features:,}', *(format_time(s[name]) for s in measured)])
-            rows[-1] += [f'{measured[1][name] / measured[1]["avg"]:.2f}', f'{memory:.0f} MiB']
-    header = ['pooling', 'streams', 'descriptor', 'forward', 'forward + backward', "against 'avg'", 'peak memory']
+            memory = peak_memory(partial(_step, head, features, True), torch_device) / 2**20
+            count = sum(p.numel() for p in head.parameters())
+            rows.append(
+                [str(case), name, f'{head.num_features:,}', f'{count / 1e6:.2f} M']
+                + [format_time(s[name]) for s in seconds]
+                + [f'{memory:.0f} MiB']
+            )
+    header = ['case', 'pooling', 'descriptor', 'parameters']
+    header += ['forward', 'compiled', 'forward + backward', 'compiled', 'peak memory']
     return write(
-        f'# Poolings: {torch_device.type}\n\n`timm-bilinear benchmark poolings --device {device}`: {case};\n'
-        f'medians of {repeats}, in turn, in one process.\n\n{describe_machine(torch_device)}.\n\n'
-        + markdown_table(header, rows),
+        f'# Poolings: {torch_device.type}\n\n`timm-bilinear benchmark poolings --device {device}`: heads alone, in'
+        f' training mode, medians of {repeats},\nin turn, in one process. `isqrt` with its projection to 256 channels,'
+        f' `lowrank` with its to 100.\n\n{describe_machine(torch_device)}.\n\n' + markdown_table(header, rows),
         output,
     )
