@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import report as report_script
+import torch
 from faces import demo_fonts
 from PIL import Image
+from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).parents[2] / 'hub' / 'fonts'
 PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18_c4.googlefonts378'
@@ -151,6 +153,21 @@ def test_a_run_goes_on_exactly(tmp_path, small_run):
     assert (again / 'model' / 'model.safetensors').read_bytes() == expected
     done = _run('train.py', fonts, again, *args)
     assert done.returncode == 0 and 'step' not in done.stdout, done.stderr
+
+
+def test_a_run_of_no_rate_leaves_the_classifier(tmp_path, small_run, call):
+    """Trained on descriptors less their mean it is published for descriptors as they are."""
+    fonts, run, *args = small_run
+    assert call('train', *small_run).returncode == 0
+    again = ('--start', run / 'model', *args, '--lr', 0, '--head-lr', 0)
+    done = call('train', fonts, tmp_path / 'again', *again)
+    assert done.returncode == 0, done.stderr
+    state, mean = (torch.load(tmp_path / 'again' / 'last.pth.tar')[k] for k in ('net', 'mean'))
+    start, end = (load_file(folder / 'model' / 'model.safetensors') for folder in (run, tmp_path / 'again'))
+    torch.testing.assert_close(end['head.fc.weight'], start['head.fc.weight'])
+    torch.testing.assert_close(end['head.fc.bias'], start['head.fc.bias'])
+    assert mean.norm() > 0.5  # most of a descriptor, whose length is 1
+    torch.testing.assert_close(state['head.fc.bias'], start['head.fc.bias'] + start['head.fc.weight'] @ mean)
 
 
 def test_publish(tmp_path, images, small_run, call):

@@ -4,7 +4,7 @@ Source: Gao, Beijbom, Zhang, Darrell, 'Compact Bilinear Pooling', https://arxiv.
 """
 
 from abc import abstractmethod
-from typing import Annotated, Optional, Tuple
+from typing import Annotated, Dict, Optional, Tuple
 
 import torch
 
@@ -20,11 +20,35 @@ class _CompactPooling(PlainPooling):
 
     is_unit_length = True
 
-    def __init__(self, in_features: Tuple[int, ...], dim: int, eps: float):
+    def __init__(
+        self,
+        in_features: Tuple[int, ...],
+        *,
+        dim: Annotated[int, Bounds(1, 1_000_000)] = 8192,
+        seed: Annotated[int, Bounds(0, 1_000_000_000)] = 0,
+        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_features: Channels of one stream or of two.
+            dim: Descriptor size D.
+            seed: Seed of what is random in the projection, which is saved with the model.
+            eps: Offset under the signed square root.
+        """
         super().__init__()
         self.in_features = tuple(in_features)
         self.num_features = dim
         self.eps = eps
+        generator = torch.Generator('cpu').manual_seed(seed)
+        for side, channels in zip('ab', (in_features[0], in_features[-1])):  # independent, of one stream too
+            for name, value in self.draw(channels, generator).items():
+                self.register_buffer(f'{name}_{side}', value.to(device or torch.get_default_device()))
+
+    @abstractmethod
+    def draw(self, channels: int, generator: torch.Generator) -> Dict[str, torch.Tensor]:
+        """Buffers by name, on the CPU, for one side of the outer product."""
 
     @abstractmethod
     def sketch(self, z: torch.Tensor) -> torch.Tensor:
@@ -49,29 +73,9 @@ class SketchPooling(_CompactPooling):
     h_a(i) + h_b(j) modulo D with sign s_a(i) s_b(j). It is computed so, without Fourier transforms at every location.
     """
 
-    def __init__(
-        self,
-        in_features: Tuple[int, ...],
-        *,
-        dim: Annotated[int, Bounds(1, 1_000_000)] = 8192,
-        seed: Annotated[int, Bounds(0, 1_000_000_000)] = 0,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
-        device=None,
-        dtype=None,
-    ):
-        """
-        Args:
-            in_features: Channels of one stream or of two.
-            dim: Descriptor size D.
-            seed: Seed of the hashes, which are saved with the model.
-            eps: Offset under the signed square root.
-        """
-        super().__init__(in_features, dim, eps)
-        generator = torch.Generator('cpu').manual_seed(seed)
-        for side, channels in zip('ab', (in_features[0], in_features[-1])):  # independent, of one stream too
-            places = torch.randint(dim, (channels,), generator=generator, device='cpu')
-            self.register_buffer(f'hash_{side}', places.to(device))
-            self.register_buffer(f'sign_{side}', _random_signs(1, channels, generator)[0].to(device))
+    def draw(self, channels: int, generator: torch.Generator) -> Dict[str, torch.Tensor]:
+        places = torch.randint(self.num_features, (channels,), generator=generator, device='cpu')
+        return dict(hash=places, sign=_random_signs(1, channels, generator)[0])
 
     def sketch(self, z: torch.Tensor) -> torch.Tensor:
         places = (self.hash_a[:, None] + self.hash_b[None, :]).remainder(self.num_features)
@@ -87,27 +91,8 @@ class MaclaurinPooling(_CompactPooling):
     The factor 1 / sqrt(D) makes inner products those of the outer products in expectation.
     """
 
-    def __init__(
-        self,
-        in_features: Tuple[int, ...],
-        *,
-        dim: Annotated[int, Bounds(1, 1_000_000)] = 8192,
-        seed: Annotated[int, Bounds(0, 1_000_000_000)] = 0,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
-        device=None,
-        dtype=None,
-    ):
-        """
-        Args:
-            in_features: Channels of one stream or of two.
-            dim: Descriptor size D.
-            seed: Seed of the signs, which are saved with the model.
-            eps: Offset under the signed square root.
-        """
-        super().__init__(in_features, dim, eps)
-        generator = torch.Generator('cpu').manual_seed(seed)
-        for side, channels in zip('ab', (in_features[0], in_features[-1])):
-            self.register_buffer(f'sign_{side}', _random_signs(dim, channels, generator).to(device))
+    def draw(self, channels: int, generator: torch.Generator) -> Dict[str, torch.Tensor]:
+        return dict(sign=_random_signs(self.num_features, channels, generator))
 
     def sketch(self, z: torch.Tensor) -> torch.Tensor:
         w, v = self.sign_a.to(z.dtype), self.sign_b.to(z.dtype)
