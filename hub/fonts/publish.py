@@ -4,11 +4,12 @@ python hub/fonts/publish.py run/model fonts hub/bcnn_resnet18_c4.googlefonts378 
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 from faces import find_fonts
 from report import Report, draw_confusions, measure
@@ -30,7 +31,7 @@ colours and sharpness say nothing of the font. Tested on images of renderers tha
 {rows}
 
 {kinds}
-
+{retrieval}
 For comparison, on the benchmark's own images of its 394 fonts: DINOv2-B + LoRA 99.0 %, ResNet-50 from ImageNet 98.8 %,
 as published. The fonts confused most in `{name}`:
 
@@ -40,6 +41,33 @@ No font is part of this repo. The weights were trained on images of text in thes
 
 {licenses}
 """
+
+
+_RETRIEVAL = """
+Fonts that it has never seen, looked up by its descriptors (`hub/fonts/retrieval.py`): {queries:,} queries of one
+renderer in a gallery of {gallery:,} images of another, {families} families that are in no training set.
+
+| right is an image of | {names} |
+| --- | {lines} |
+{rows}
+"""
+
+
+def describe_retrieval(rows: List[Dict[str, Any]]) -> str:
+    """The part of the card about look-up, from the scores that retrieval.py writes."""
+    first = rows[0]
+    return _RETRIEVAL.format(
+        **{k: first[k] for k in ('queries', 'gallery')},
+        families=rows[-1]['labels'],
+        names=' | '.join(first['scores']),
+        lines=' | '.join('---' for _ in first['scores']),
+        rows='\n'.join(
+            f'| the same {row["what"]} of {row["labels"]} | '
+            + ' | '.join(f'{value:.1f} %' for value in row['scores'].values())
+            + ' |'
+            for row in rows
+        ),
+    )
 
 
 def font_licenses(fonts: Path) -> Dict[str, List[str]]:
@@ -59,7 +87,7 @@ def font_licenses(fonts: Path) -> Dict[str, List[str]]:
     return families
 
 
-def complete_card(reports: Dict[str, Report], licenses: Dict[str, List[str]]) -> str:
+def complete_card(reports: Dict[str, Report], licenses: Dict[str, List[str]], retrieval: str = '') -> str:
     """The part of the card that is about the fonts, from measurements by the name of the renderer."""
     name, first = next(iter(reports.items()))
     return _CARD.format(
@@ -74,6 +102,7 @@ def complete_card(reports: Dict[str, Report], licenses: Dict[str, List[str]]) ->
             for name, r in reports.items()
             if 1 < len(r.kinds) < r.images
         ),
+        retrieval=retrieval,
         licenses='\n'.join(f'- {name}: {", ".join(families)}' for name, families in sorted(licenses.items())),
     )
 
@@ -84,8 +113,10 @@ def main():
     parser.add_argument('fonts', type=Path, help='folder of the fonts, one per family, each with its LICENSE')
     parser.add_argument('folder', type=Path, help='new folder')
     parser.add_argument('images', type=Path, nargs='+', help='folders of images, one per renderer, named after it')
+    parser.add_argument('--retrieval', type=Path, help='file of scores that retrieval.py wrote')
     args = parser.parse_args()
     try:
+        retrieval = describe_retrieval(json.loads(args.retrieval.read_text())) if args.retrieval else ''
         licenses = font_licenses(args.fonts)
         fonts, families, _ = find_fonts(args.fonts)
         if args.folder.exists() and any(args.folder.iterdir()):
@@ -100,7 +131,7 @@ def main():
         push(dry_run=args.folder, metrics=dict(test_top1=first.top1), dataset=dataset)
         draw_confusions(first, fonts).save(args.folder / 'confusions.png', optimize=True)
         card = args.folder / 'README.md'
-        card.write_text(card.read_text() + complete_card(reports, licenses))
+        card.write_text(card.read_text() + complete_card(reports, licenses, retrieval))
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'publish.py: error: {e}')
     for name, report in reports.items():

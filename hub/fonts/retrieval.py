@@ -10,6 +10,7 @@ query's font, or, told apart, of its family.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Dict, List, Tuple
@@ -92,6 +93,7 @@ def main():
     parser.add_argument('queries', type=Path, nargs='?', help='images of one renderer, with test/FONT')
     parser.add_argument('gallery', type=Path, nargs='?', help='images of another')
     parser.add_argument('--families', action='store_true', help='only name families that are in no training set')
+    parser.add_argument('--json', type=Path, help='file for the scores, which publish.py puts into the card')
     args = parser.parse_args()
     if args.families:
         print(' '.join(FAMILIES))
@@ -101,11 +103,16 @@ def main():
     try:
         model = load(args.model, device='cpu')
         queries, gallery = (describe(model, images) for images in (args.queries, args.gallery))
+        rows = []
         for what, of in (('font', str), ('family', lambda name: name.split('-latin-')[0])):
             labels, found = ([of(name) for name in each[1]] for each in (queries, gallery))
             print(f'{len(labels)} queries, gallery of {len(found)} images, by {what} of {len(set(found))}:')
             scores = score(queries[0], labels, gallery[0], found)
             print('  ' + ', '.join(f'{name} {value:.1f} %' for name, value in scores.items()))
+            sizes = dict(queries=len(labels), gallery=len(found), labels=len(set(found)))
+            rows.append(dict(what=what, renderers=[args.queries.name, args.gallery.name], **sizes, scores=scores))
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'retrieval.py: error: {e}')
 

@@ -41,6 +41,8 @@ _logger = logging.getLogger(__name__)
 TTA = ('auto', 'none', 'flip', 'crops', 'scales')
 # 'crops' cuts from images whose edges are this much longer than the model's input, as 256 pixels for crops of 224.
 _CROP_SCALE = 8 / 7
+# How much less a view of 'scales' counts whose probabilities have an entropy higher by 1: exp(-2).
+_CERTAINTY = 2.0
 
 
 def whole_number(name: str, value: Any, least: int, most: Optional[int] = None) -> int:
@@ -191,7 +193,8 @@ def batch_logits(
         model: The model, in eval mode.
         images: (B, C, H, W) on the model's device, preprocessed by `view_data_config(model, tta)`.
         amp_dtype: Dtype to autocast to, None for the model's own.
-        tta: 'flip', 'crops' or 'scales' for the mean of the probabilities of several views; see `resolve_tta`.
+        tta: 'flip', 'crops' or 'scales' for the mean of the probabilities of several views; see `resolve_tta`. Of views
+            at several scales those count more that the model is certain about: some show too little.
 
     Returns:
         (B, K) float32; with several views, logarithms of the mean probabilities.
@@ -208,7 +211,11 @@ def batch_logits(
         logits.append(out.float())
     if len(logits) == 1:
         return logits[0]
-    return torch.stack([each.log_softmax(-1) for each in logits]).logsumexp(0) - math.log(len(logits))
+    log_probs = torch.stack([each.log_softmax(-1) for each in logits])
+    if tta == 'scales':
+        entropy = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
+        return (log_probs + (-_CERTAINTY * entropy).log_softmax(0)).logsumexp(0)
+    return log_probs.logsumexp(0) - math.log(len(logits))
 
 
 def predict_logits(
