@@ -3,6 +3,7 @@
 import first_stage
 import pytest
 import timm
+import torch
 from finetune_cases import make_images
 
 from timm_bilinear.hub import save_model
@@ -16,6 +17,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp('model') / 'start'
+    torch.manual_seed(0)
     save_model(timm.create_model('bcnn', backbone_a='test_resnet', out_index_a=1, num_classes=3), folder)
     return f'local-dir:{folder}'
 

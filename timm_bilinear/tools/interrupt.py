@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: a run that is asked to stop says what is kept and how to go on."""
 
+import logging
 import os
 import signal
 import threading
@@ -8,6 +9,13 @@ from types import FrameType
 from typing import Iterator, Optional
 
 __all__ = ['Interrupted', 'Terminated', 'catch_sigterm']
+
+
+# Called around every fork, as when a loader starts its processes; what is raised in them is lost. Newer Pythons have
+# none of them.
+_AROUND_FORK = {
+    f.__code__ for name in ('_acquireLock', '_releaseLock') if hasattr(f := getattr(logging, name, None), '__code__')
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,6 +47,11 @@ def catch_sigterm() -> Iterator[None]:
         if os.getpid() != main:  # a loader's process, which inherits the handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            return
+        if frame is not None and frame.f_code in _AROUND_FORK:
+            again = threading.Timer(0.1, os.kill, (main, number))
+            again.daemon = True
+            again.start()
             return
         raise Terminated()
 

@@ -276,7 +276,7 @@ def test_own_pooling(power, tmp_path):
         (dict(pool_type='power', centred='yes'), TypeError, r"'centred' must be True or False, got 'yes'"),
         (dict(pool_type='power', eps=1e-3), TypeError, r"'eps': pooling 'power' takes power, centred"),
         (dict(global_pool='', no_such=2), TypeError, r"'no_such': no pooling takes it"),
-        (dict(pool_type='avg', power=2), TypeError, r"'power': pooling 'avg' takes eps"),
+        (dict(pool_type='avg', centred=True), TypeError, r"'centred': pooling 'avg' takes eps"),
         (dict(pool_type='avg', eps='tiny'), TypeError, r"'eps' must be a number, got 'tiny'"),
         (dict(proj_dim=2.0), TypeError, r"'proj_dim' must be an integer or None, got 2\.0"),
         (dict(img_size='big'), TypeError, r"'img_size' must be an integer or a tuple of 2 integers or None, got 'big'"),

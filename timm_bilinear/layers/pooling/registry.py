@@ -135,7 +135,8 @@ def _pooling_class(name: str) -> Type[BilinearPooling]:
     if name not in _poolings:
         close = difflib.get_close_matches(str(name), _poolings, 1)
         hint = f' Did you mean {close[0]!r}?' if close else ''
-        raise ValueError(f"'pool_type' must be one of {', '.join(map(repr, _poolings))} or '', got {name!r}.{hint}")
+        known = ', '.join(map(repr, list_poolings()))
+        raise ValueError(f"'pool_type' must be one of {known} or '', got {name!r}.{hint}")
     return _poolings[name]
 
 
