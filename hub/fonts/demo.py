@@ -65,7 +65,7 @@ def demo(output: Union[str, Path] = '.demo', weights: Union[str, Path] = _WEIGHT
             # the classifier is fresh: gradients through it would spoil the streams
             stages=[
                 Stage(10, 'adamw', lr=0.0, head_lr=1e-2, weight_decay=0.0),
-                Stage(2, 'adamw', lr=3e-4, head_lr=3e-3, weight_decay=0.05),
+                Stage(1, 'adamw', lr=3e-4, head_lr=3e-3, weight_decay=0.05),
             ],
             train_aug=dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, color_jitter=None),
             amp_dtype='bfloat16',
