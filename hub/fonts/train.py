@@ -225,12 +225,11 @@ def main():
     parser.add_argument('--start', type=Path, help='folder of a model to start from (default: none)')
     parser.add_argument('--model', default='bcnn_resnet18_c4', help='model without a start (default: %(default)s)')
     parser.add_argument('--steps', type=int, default=20_000, help='batches (default: %(default)s)')
-    parser.add_argument(
-        '--sizes', type=int, nargs='+', default=[112, 160, 112, 224], help='sizes in turn (default: %(default)s)'
-    )
+    sizes = [112, 112, 112, 160, 112, 112, 112, 224]
+    parser.add_argument('--sizes', type=int, nargs='+', default=sizes, help='sizes in turn (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=64, help='images of 112 px (default: %(default)s)')
     parser.add_argument('--lr', type=float, default=5e-4, help='of the streams, AdamW (default: %(default)s)')
-    parser.add_argument('--head-lr', type=float, default=2e-3, help='of the classifier (default: %(default)s)')
+    parser.add_argument('--head-lr', type=float, default=1e-3, help='of the classifier (default: %(default)s)')
     parser.add_argument('--val-batches', type=int, default=24, help='of 31 images (default: %(default)s)')
     parser.add_argument('--save-minutes', type=float, default=5, help='between checkpoints (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=2, help='processes that render (default: %(default)s)')

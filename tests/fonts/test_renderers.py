@@ -7,6 +7,7 @@ from itertools import pairwise
 import chromium
 import numpy as np
 import pango
+import publish
 import pytest
 import retrieval
 import torch
@@ -143,3 +144,12 @@ def test_unseen_families_are_unseen():
     from build import FAMILIES
 
     assert len(set(retrieval.FAMILIES)) >= 40 and not set(retrieval.FAMILIES) & set(FAMILIES)
+
+
+def test_the_card_tells_retrieval():
+    scores = {'recall@1': 49.44, 'MAP@R': 7.0}
+    sizes = dict(renderers=['a', 'b'], queries=1006, gallery=2000, scores=scores)
+    text = publish.describe_retrieval([dict(sizes, what='font', labels=503), dict(sizes, what='family', labels=50)])
+    assert '1,006 queries' in text and '2,000 images' in text and '50 families' in text
+    assert '| right is an image of | recall@1 | MAP@R |\n| --- | --- | --- |\n' in text
+    assert '| the same font of 503 | 49.4 % | 7.0 % |\n| the same family of 50 | 49.4 % | 7.0 % |' in text

@@ -1,8 +1,8 @@
 """First and second moments of tokens, as a classifier on a frozen transformer has them.
 
-In the spirit of Gao, Wang, Hu, Zuo, Li, 'Tuning Pre-trained Model via Moment Probing', https://arxiv.org/abs/2307.11342,
-and Xie, Zeng, Wang, Zhou, Li, 'SoT: Delving Deeper into Classification Head for Transformer',
-https://arxiv.org/abs/2104.10935.
+In the spirit of Gao, Wang, Lin, Zhu, Hu, Zhou, 'Tuning Pre-trained Model via Moment Probing',
+https://arxiv.org/abs/2307.11342, and Xie, Zeng, Wang, Zhou, Li, 'SoT: Delving Deeper into Classification Head for
+Transformer', https://arxiv.org/abs/2104.10935.
 """
 
 from typing import Annotated, Optional, Tuple
