@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from .tools.interrupt import Terminated, catch_sigterm
+from .tools.interrupt import Terminated, catch_signals
 from .tools.options import check_value
 from .tools.settings import AMP_DTYPES, Settings, TrainAug
 
@@ -381,7 +381,7 @@ def main(argv: Optional[List[str]] = None):
     run = args.run
     del args.run
     try:
-        with catch_sigterm():
+        with catch_signals():
             code = run(args)
             if sys.stdout is not None:
                 sys.stdout.flush()

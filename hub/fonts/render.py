@@ -7,13 +7,13 @@ reduced, then coloured, photographed and compressed.
 import io
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import List, Optional, Tuple
 
 import numpy as np
 from faces import Face
 from PIL import Image, ImageDraw, ImageFilter
-from texts import random_kind, random_text
+from texts import NUMBERS, random_kind, random_text
 
 __all__ = ['Layout', 'random_image', 'random_layout', 'render_text']
 
@@ -115,18 +115,18 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
         rng: Source of everything.
         size: Height and width of the image in pixels, which large letters and many lines must fit into.
     """
-    is_plain = rng.random() < 0.6  # nothing but letters on a page of one colour, perhaps with noise
+    is_plain = rng.random() < 0.55  # nothing but letters on a page of one colour, perhaps with noise
     is_marred = not is_plain
-    ink, background = _random_colors(rng, least=80 if is_plain else 30)
-    sharpness = rng.random()  # drawn at once, reduced, or enlarged
+    ink, background = _random_colors(rng, least=60 if is_plain else 30)
     # the whole range, most of it where letters can be read and fit into the image
-    smallest, largest = (6, 0.3) if rng.random() < 0.3 else (8, 0.25)
-    x_height = math.exp(rng.uniform(math.log(smallest), math.log(min(60, largest * size))))
+    smallest, largest = (6, 0.32) if rng.random() < 0.4 else (8, 0.25)
+    x_height = math.exp(rng.uniform(math.log(smallest), math.log(min(70, largest * size))))
+    sharpness = rng.random()  # drawn at once, reduced, or enlarged, as small letters on a screen are for the network
     oversampling = 1.0 if sharpness < 0.3 else rng.choice((2.0, 2.0, 3.0, rng.uniform(1.2, 4)))
-    if is_marred and sharpness > 0.85 and x_height > 16:
-        oversampling = rng.uniform(0.5, 0.9)
+    if sharpness > 0.8 and x_height > 8:
+        oversampling = math.exp(rng.uniform(math.log(max(0.4, 6 / x_height)), math.log(0.95)))
     oversampling = min(oversampling, max(1.0, 120 / x_height))
-    is_tilted = is_marred and rng.random() < 0.4
+    is_tilted = is_marred and rng.random() < 0.5
     fit = rng.random() < 0.45
     grey = rng.uniform(0, 255)
     contrast = abs(_luminance(ink) - _luminance(background))
@@ -139,9 +139,9 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
         break_chance=rng.choice((0.0, 0.0, 0.2, 0.5)),
         align=rng.choice((0.0, 0.0, 0.5, 1.0)),
         kerning=rng.random() < 0.7,
-        tracking=rng.uniform(-0.03, 0.12) if is_marred and rng.random() < 0.25 else 0.0,
+        tracking=rng.uniform(-0.03, 0.12) if rng.random() < 0.15 else 0.0,
         oversampling=oversampling,
-        mono=is_marred and oversampling != 1 and rng.random() < 0.2,
+        mono=is_marred and oversampling > 1 and rng.random() < 0.2,
         subpixel=oversampling == 3 and rng.random() < 0.5,
         kernel=rng.choice(_KERNELS),
         blur=rng.uniform(0, 0.12) * min(x_height, 12) if is_marred and rng.random() < 0.5 else 0.0,
@@ -364,10 +364,13 @@ def random_image(face: Face, split: str, rng: random.Random, size: int = 224) ->
     """
     layout = random_layout(rng, size)
     kind = random_kind(rng)
-    # as many letters as the image holds, and half as many again; a word, name or number may also stand alone
+    # as many letters as the image holds, and half as many again; a word may stand alone, a number often does
     columns = size * layout.wrap / layout.x_height
     rows = min(layout.lines, 1.5 + size / (1.4 * layout.pitch * layout.x_height))
-    length = 1 if rng.random() < 0.15 else math.ceil(1.2 * columns * rows)
+    length = math.ceil(1.2 * columns * rows)
+    if rng.random() < (0.5 if kind in NUMBERS else 0.15):
+        length = 1
+        layout = replace(layout, fit=layout.fit or rng.random() < 0.5)
     if kind in ('prose', 'made-up words', 'capitals'):
         length = max(length, rng.randrange(4, 12))
     return render_text(face, random_text(split, kind, min(length, 2000), rng), layout, size, rng)

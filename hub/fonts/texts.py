@@ -8,7 +8,7 @@ import random
 import zlib
 from typing import Callable, Dict, List
 
-__all__ = ['CHARACTERS', 'KINDS', 'SPLITS', 'random_kind', 'random_text']
+__all__ = ['CHARACTERS', 'KINDS', 'NUMBERS', 'SPLITS', 'random_kind', 'random_text']
 
 SPLITS = ('train', 'val')
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:?!'-$%"  # a font must have them
@@ -190,6 +190,7 @@ _KINDS = {
     'percentages': (7, _percentage, ' '),
 }
 KINDS = tuple(_KINDS)
+NUMBERS = ('numbers', 'dollars', 'percentages')
 
 
 def random_kind(rng: random.Random) -> str:

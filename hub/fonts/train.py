@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_bilinear.hub import save_model
 from timm_bilinear.tools.inference import autocast, resolve_amp_dtype
-from timm_bilinear.tools.interrupt import Terminated, catch_sigterm
+from timm_bilinear.tools.interrupt import Terminated, catch_signals
 
 # Preprocessing of the published weights: an image of any shape is padded, never cut.
 DATA_CONFIG = dict(
@@ -236,7 +236,7 @@ def main():
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
     args = parser.parse_args()
     try:
-        with catch_sigterm():
+        with catch_signals():
             train(args)
     except KeyboardInterrupt as e:
         print(f"train.py: stopped; the same command goes on from '{args.run}'", file=sys.stderr)

@@ -319,7 +319,7 @@ def test_deepcopy_and_pickle(kwargs):
         (dict(backbone_a='test_resnet', out_index_a=5), ValueError, r"'out_index_a' must be in \[-5, 5\).*got 5"),
         (dict(backbone_a='test_resnet', out_index_a=-6), ValueError, r"'out_index_a'.*got -6"),
         (dict(backbone_b='test_convnext', out_index_b=4), ValueError, r"'out_index_b' must be in \[-4, 4\).*got 4"),
-        (dict(backbone_a='test_resnet', pool_type='mean'), ValueError, r"'pool_type'.*'avg', 'sum', 'max'.*'mean'"),
+        (dict(backbone_a='test_resnet', pool_type='mean'), ValueError, r"'pool_type'.*'avg', .*'sum'.*'mean'"),
         (dict(backbone_a='test_resnet', eps=0.0), ValueError, r"'eps'.*0\.0"),
         (dict(backbone_a='test_resnet', proj_dim=0), ValueError, r"'proj_dim'.*0"),
         (dict(backbone_a='test_resnet', num_classes=-1), ValueError, r"'num_classes'.*-1"),

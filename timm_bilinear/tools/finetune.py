@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional, Union
 
 from .distributed import init_distributed, shutdown
 from .inference import resolve_amp_dtype
-from .interrupt import Interrupted, catch_sigterm
+from .interrupt import Interrupted, catch_signals
 from .lock import only_run
 from .session import Session
 from .settings import Settings, Stage, default_stages
@@ -86,7 +86,7 @@ def finetune(
     with only_run():
         ranks = init_distributed(checked.device)
         try:
-            with catch_sigterm():
+            with catch_signals():
                 return Session(checked, ranks).run()
         finally:
             shutdown(ranks)
