@@ -8,6 +8,7 @@ from typing import List
 __all__ = [
     'BilinearCNN',
     'evaluate',
+    'explain',
     'export_onnx',
     'finetune',
     'layers',
@@ -23,6 +24,7 @@ __all__ = [
 _HOMES = {
     'BilinearCNN': 'models',
     'evaluate': 'tools.evaluate',
+    'explain': 'tools.evidence',
     'export_onnx': 'tools.export',
     'load': 'tools.inference',
     'predict': 'tools.predict',

@@ -1,182 +1,248 @@
-"""Train average and bilinear pooling by one recipe, with several seeds, and write the table.
+"""Train every pooling by one recipe, with several seeds, on one network's features, and write the table.
 
-    python hub/fonts/compare.py images runs --epochs 5 --seeds 3 --table table.md
+    python hub/fonts/compare.py images runs.json resnet18 --start hub/FOLDER --table table.md
+    python hub/fonts/compare.py images runs.json lite0 --start tf_efficientnet_lite0 --frozen --table table.md
 
-Finished runs are kept when it is run again with the same settings, begun ones start anew, so that times are of whole
-runs. They are CPU time, median and range.
+The folder of images is one of build.py's: validation chooses the learning rate of the head, for each row alike, and the
+epoch; the test is of another renderer. `--start` is the folder of a model, whose layers below the last stage are taken
+('resnet18') or all of them ('lite0', and with `--frozen`, which trains the head alone). Finished runs are kept in the
+JSON file and not made again.
 """
 
 import argparse
 import json
 import os
-import re
-import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
-import yaml
 from report import measure, read_families
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import random_seed
+from torch import nn
 
 from timm_bilinear import BilinearCNN
 from timm_bilinear.hub import save_model
 from timm_bilinear.tools.finetune import Stage, finetune
+from timm_bilinear.tools.measure import markdown_table
 
-STAGE_3 = dict(layers=(2, 2, 2, 0), channels=(64, 128, 256, 256))
-# name in the table, model, its arguments, peak learning rate of the classifier
-MODELS = (
-    ('resnet18, average pooling', 'resnet18', {}, 1e-3),
-    ('resnet18, average pooling', 'resnet18', {}, 1e-2),
-    ('resnet18 to stage 3, average pooling', 'resnet18', STAGE_3, 1e-3),
-    ('resnet18 to stage 3, average pooling', 'resnet18', STAGE_3, 1e-2),
-    ('bcnn_resnet18, proj_dim=128', 'bcnn_resnet18', dict(proj_dim=128), 1e-2),
-    ('bcnn_resnet18', 'bcnn_resnet18', {}, 1e-2),
-    ('bcnn_resnet18 to stage 3', 'bcnn_resnet18', dict(out_index_a=3), 1e-2),
+SIZE = 112  # of the images that are trained on, and of a view
+HEAD_LRS = (1e-3, 3e-3, 1e-2, 3e-2)
+STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
+EPOCHS, FROZEN_EPOCHS = 8, 40
+BATCH_SIZE = 32
+RECIPE = dict(
+    img_size=SIZE,
+    amp_dtype='bfloat16',
+    train_aug=dict(scale=[0.8, 1.0], ratio=[0.95, 1.05], hflip=0.0, color_jitter=None),
+    workers=1,
+    log_format='text',
 )
-LOW = ('conv1.', 'bn1.', 'layer1.', 'layer2.')  # names of a ResNet's stem and first two stages
-# images as they are, for every model: timm's ResNet-18 has a crop of its own
-DATA_CONFIG = dict(input_size=(3, 224, 224), interpolation='bicubic', crop_pct=1.0)
 
 
-def save_start(
-    folder: Path,
-    model: str,
-    model_kwargs: dict,
-    num_classes: int,
-    seed: int,
-    start: Optional[Path],
-):
-    """Save an untrained model, with the same preprocessing whatever model it is.
+@dataclass(frozen=True)
+class Network:
+    """Features to pool.
+
+    Args:
+        plain: timm model with average pooling, and its arguments.
+        backbone: The same features' backbone.
+        stages: Stages for a pooling that takes several; others take the last of them.
+        fresh: Beginnings of the names of the layers that do not start from the given weights.
+    """
+
+    plain: Tuple[str, Dict[str, Any]]
+    backbone: str
+    stages: Tuple[int, ...]
+    fresh: Tuple[str, ...]
+
+
+NETWORKS = {
+    'resnet18': Network(
+        ('resnet18', dict(layers=(2, 2, 2, 0), channels=(64, 128, 256, 256))), 'resnet18', (2, 3), ('layer3.',)
+    ),
+    'lite0': Network(('tf_efficientnet_lite0', {}), 'tf_efficientnet_lite0', (3, 4), ()),
+}
+# name in the table and arguments of `bcnn`
+POOLINGS: Tuple[Tuple[str, Dict[str, Any]], ...] = (
+    ('`avg`', dict(pool_type='avg')),
+    ('`avg`, proj_dim=128', dict(pool_type='avg', proj_dim=128)),
+    ('`avg`, sigme', dict(pool_type='avg', power='sigme')),
+    ('`avg`, maxexp', dict(pool_type='avg', power='maxexp')),
+    ('`max`', dict(pool_type='max')),
+    ('`sketch`', dict(pool_type='sketch')),
+    ('`maclaurin`', dict(pool_type='maclaurin')),
+    ('`isqrt`', dict(pool_type='isqrt', proj_dim=256, proj_type='conv_bn_relu')),
+    ('`sqrtm`', dict(pool_type='sqrtm')),
+    ('`democratic`', dict(pool_type='democratic')),
+    ('`cross`, two stages', dict(pool_type='cross')),
+    ('`lowrank`, proj_dim=100', dict(pool_type='lowrank', proj_dim=100)),
+    ('`moments`', dict(pool_type='moments')),
+)
+PLAIN = 'average pooling'
+
+
+def _arguments(network: Network, row: str) -> Tuple[str, Dict[str, Any]]:
+    """timm model of a row, and its arguments."""
+    if row == PLAIN:
+        return network.plain
+    args = dict(POOLINGS)[row]
+    stages = (
+        dict(out_indices_a=network.stages) if args['pool_type'] == 'cross' else dict(out_index_a=network.stages[-1])
+    )
+    return 'bcnn', dict(backbone_a=network.backbone, **stages, **args)
+
+
+def _start_weights(folder: Path) -> Dict[str, Any]:
+    net = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    return (net.stream_a if isinstance(net, BilinearCNN) else net).state_dict()
+
+
+def save_start(folder: Path, network: Network, row: str, num_classes: int, seed: int, start: Path, frozen: bool):
+    """Save the model that a run starts from.
 
     Args:
         folder: New folder for it.
-        model: timm model name.
-        model_kwargs: Arguments of the model.
+        network: Features.
+        row: Row of the table.
         num_classes: Number of classes.
-        seed: Seed of the weights.
-        start: Folder of a bilinear CNN whose stem and first two stages the model gets, None for nothing.
-    """
-    random_seed(seed)
-    net = timm.create_model(model, num_classes=num_classes, **model_kwargs)
-    if start is not None:
-        weights = timm.create_model(f'local-dir:{start}', pretrained=True).stream_a.state_dict()
-        low = {k: v for k, v in weights.items() if k.startswith(LOW)}
-        keys = (net.stream_a if isinstance(net, BilinearCNN) else net).load_state_dict(low, strict=False)
-        if keys.unexpected_keys or any(k.startswith(LOW) for k in keys.missing_keys):
-            raise ValueError(f"The first stream of '{start}' is no ResNet-18.")
-    save_model(net, folder, data_config=dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, **DATA_CONFIG))
-
-
-def run(
-    images: Path,
-    folder: Path,
-    model: str,
-    model_kwargs: dict,
-    head_lr: float,
-    epochs: int,
-    seed: int,
-    start: Optional[Path],
-) -> dict:
-    """Train and measure, unless that is done.
+        seed: Seed of what does not start from weights.
+        start: Folder of a model with the same features.
+        frozen: Take all of its layers.
 
     Raises:
-        ValueError: If what is done was done with other settings.
+        ValueError: If that has other features.
     """
-    recipe = yaml.safe_load(Path(__file__).with_name('recipe.yaml').read_text())
-    settings = dict(
-        images=str(images.resolve()),
-        model=model,
-        model_kwargs=json.loads(json.dumps(model_kwargs)),  # as it is read again
-        head_lr=head_lr,
-        epochs=epochs,
-        seed=seed,
-        start=str(start.resolve()) if start else None,
-        recipe=recipe,
-    )
-    file = folder / 'report.json'
-    if file.is_file():
-        report = json.loads(file.read_text())
-        other = [k for k, v in settings.items() if report.get('settings', {}).get(k) != v]
-        if other:
-            raise ValueError(f"Run '{folder}' was made with another {', '.join(other)}; give a new folder for runs.")
-        return report
-    shutil.rmtree(folder, ignore_errors=True)
-    stage = Stage(epochs, 'adamw', lr=1e-3, head_lr=head_lr, weight_decay=0.05)
+    name, args = _arguments(network, row)
+    random_seed(seed)
+    net = timm.create_model(name, num_classes=num_classes, **args)
+    features: nn.Module = net.stream_a if isinstance(net, BilinearCNN) else net
+    fresh = ('fc.', 'classifier.') + (() if frozen else network.fresh)
+    wanted = {k: v for k, v in features.state_dict().items() if not k.startswith(fresh)}
+    weights = _start_weights(start)
+    if any(k not in weights or weights[k].shape != v.shape for k, v in wanted.items()):
+        raise ValueError(f"'{start}' has other layers than the features of '{row}'.")
+    features.load_state_dict({k: weights[k] for k in wanted}, strict=False)
+    config = dict(input_size=(3, SIZE, SIZE), interpolation='bicubic', crop_pct=1.0, crop_mode='border')
+    save_model(net, folder, data_config=dict(config, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD))
+
+
+def run(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path, frozen: bool) -> Dict[str, Any]:
+    """Train and measure: top-1 in percent on validation and test, CPU seconds of training, trained parameters."""
     num_classes = sum(p.is_dir() for p in (images / 'train').iterdir())
-    with tempfile.TemporaryDirectory() as fresh:
-        save_start(Path(fresh), model, model_kwargs, num_classes, seed, start)
+    lr = 0.0 if frozen else STREAM_LRS[key]
+    stage = Stage(FROZEN_EPOCHS if frozen else EPOCHS, 'adamw', lr=lr, head_lr=head_lr, weight_decay=0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        fresh, output = Path(folder) / 'start', Path(folder) / 'run'
+        save_start(fresh, NETWORKS[key], row, num_classes, seed, start, frozen)
         began = sum(os.times()[:4])  # of this process and the loader's
-        finetune(
+        done = finetune(
             images,
-            folder,
+            output,
+            model=f'local-dir:{fresh}',
+            pretrained=True,
             stages=[stage],
-            batch_size=32,
+            batch_size=BATCH_SIZE,
             seed=seed,
-            **dict(recipe, model=f'local-dir:{fresh}', pretrained=True),
+            **RECIPE,
         )
         seconds = sum(os.times()[:4]) - began
-    report = asdict(measure(folder, images, read_families(images)))
-    report.update(seconds=seconds, confusions=report['confusions'][:10], settings=settings)
-    file.write_text(json.dumps(report))
-    return report
+        report = measure(output, images, read_families(images))
+    return dict(
+        val=done['val_top1'],
+        test=report.top1,
+        test_families=report.family_top1,
+        seconds=round(seconds, 1),
+        parameters=report.parameters,
+    )
 
 
-def _run_name(row: tuple, seed: int) -> str:
-    name = re.sub(r'\W+', '-', row[0])
-    return f'{name}_{row[3]:g}_{seed}'
+class Runs:
+    """Results of runs, in a file that each is added to when it is finished.
+
+    Args:
+        file: JSON file, new or begun.
+        settings: What all of them have in common.
+
+    Raises:
+        ValueError: If those in the file had something else in common.
+    """
+
+    def __init__(self, file: Path, settings: Dict[str, Any]):
+        self.file = file
+        content = json.loads(file.read_text()) if file.is_file() else dict(settings=settings, runs={})
+        if content['settings'] != json.loads(json.dumps(settings)):
+            raise ValueError(f"The runs in '{file}' were made with other settings; give a new file.")
+        self.content = content
+
+    def get(self, name: str) -> Optional[Dict[str, Any]]:
+        return self.content['runs'].get(name)
+
+    def add(self, name: str, result: Dict[str, Any]):
+        self.content['runs'][name] = result
+        partial = self.file.with_suffix('.partial')
+        partial.write_text(json.dumps(self.content, indent=1, sort_keys=True) + '\n')
+        os.replace(partial, self.file)
 
 
-def _spread(values: List[float]) -> str:
+def _spread(values: Sequence[float]) -> str:
     mean = f'{statistics.mean(values):.1f}'
     return f'{mean} ± {statistics.stdev(values):.1f}' if len(values) > 1 else mean
+
+
+def _table(rows: Dict[str, Tuple[float, List[Dict[str, Any]]]]) -> str:
+    head = ['head', 'head lr', 'parameters', 'val top-1', 'test top-1', 'families', 'CPU s']
+    lines = [
+        [
+            row,
+            f'{head_lr:g}',
+            f'{results[0]["parameters"] / 1e6:.2f} M',
+            *(_spread([r[k] for r in results]) for k in ('val', 'test', 'test_families')),
+            f'{statistics.median(r["seconds"] for r in results):.0f}',
+        ]
+        for row, (head_lr, results) in rows.items()
+    ]
+    return markdown_table(head, lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', type=Path, help='folder rendered by build.py')
-    parser.add_argument('runs', type=Path, help='folder for the runs')
-    parser.add_argument('--epochs', type=int, default=5)
-    parser.add_argument('--seeds', type=int, default=3, help='runs per model (default: %(default)s)')
-    parser.add_argument(
-        '--start',
-        type=Path,
-        help='bilinear CNN on ResNet-18 whose first two stages all models start from (default: none)',
-    )
+    parser.add_argument('runs', type=Path, help='JSON file for the results')
+    parser.add_argument('network', choices=NETWORKS, help='features to pool')
+    parser.add_argument('--start', type=Path, required=True, help='folder of a model that the features start from')
+    parser.add_argument('--frozen', action='store_true', help='train the head alone')
+    parser.add_argument('--rows', nargs='+', help='poolings (default: all)')
+    parser.add_argument('--seeds', type=int, default=3, help='runs at the chosen rate (default: %(default)s)')
     parser.add_argument('--table', type=Path, help='file for the table')
     args = parser.parse_args()
-    if args.epochs < 1 or args.seeds < 1:
-        parser.error('--epochs and --seeds must be at least 1')
-    lines = [
-        '| model | head lr | parameters | top-1 | family top-1 | CPU time |',
-        '| --- | --- | --- | --- | --- | --- |',
-    ]
+    names = [PLAIN, *(name for name, _ in POOLINGS)]
+    chosen = [n for n in names if not args.rows or n in args.rows or n.strip('`') in args.rows]
+    if args.seeds < 1 or not chosen:
+        parser.error(f'--seeds must be at least 1, --rows among {", ".join(names)}')
     try:
-        # seeds outside: after each round every model has as many
-        results = [
-            [
-                run(args.images, args.runs / _run_name(model, seed), *model[1:], args.epochs, seed, args.start)
-                for model in MODELS
-            ]
-            for seed in range(args.seeds)
-        ]
-        for model, reports in zip(MODELS, zip(*results)):
-            top1, family = (_spread([r[k] for r in reports]) for k in ('top1', 'family_top1'))
-            minutes = sorted(r['seconds'] / 60 for r in reports)
-            lines.append(
-                f'| {model[0]} | {model[3]:g} | {reports[0]["parameters"] / 1e6:.1f} M | {top1} | {family} |'
-                f' {statistics.median(minutes):.1f} min ({minutes[0]:.1f} to {minutes[-1]:.1f}) |'
-            )
-        table = '\n'.join(lines)
+        runs = Runs(args.runs, dict(recipe=RECIPE, epochs=EPOCHS, frozen_epochs=FROZEN_EPOCHS, images=args.images.name))
+
+        def result(row: str, head_lr: float, seed: int) -> Dict[str, Any]:
+            name = f'{args.network}{", frozen" * args.frozen}, {row}, {head_lr:g}, seed {seed}'
+            if runs.get(name) is None:
+                runs.add(name, run(args.images, args.network, row, head_lr, seed, args.start, args.frozen))
+                print(name, runs.get(name), flush=True)
+            return runs.get(name)
+
+        rows = {}
+        for row in chosen:
+            best = max(HEAD_LRS, key=lambda head_lr: result(row, head_lr, 0)['val'])
+            rows[row] = best, [result(row, best, seed) for seed in range(args.seeds)]
+        table = _table(rows)
         print(table)
         if args.table:
             args.table.write_text(table + '\n')
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, TypeError, ValueError) as e:
         sys.exit(f'compare.py: error: {e}')
 
 

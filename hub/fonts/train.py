@@ -2,7 +2,7 @@
 
     python hub/fonts/train.py fonts run --start hub/FOLDER --steps 20000
 
-The learning rate rises over the first steps, stays, and falls to nothing over the last quarter. What counts is the
+The learning rate rises over the first steps, stays, and falls to nothing over the last three fifths. What counts is the
 moving average of the weights, saved as a model in the run's folder; a run that was cut off goes on where it was.
 """
 
@@ -91,7 +91,7 @@ def _normalise(images: torch.Tensor) -> torch.Tensor:
 
 def _rate(step: int, steps: int) -> float:
     """Share of the peak learning rate."""
-    return min(1.0, (step + 1) / min(500, 0.1 * steps), (steps - step) / (0.25 * steps))
+    return min(1.0, (step + 1) / min(500, 0.1 * steps), (steps - step) / (0.6 * steps))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from .lowrank import LowRankClassifier, LowRankPooling
 from .moments import MomentsPooling
 from .registry import (
     BilinearPooling,
+    Terms,
     check_pooling,
     check_takes_levels,
     create_pooling,
@@ -31,6 +32,7 @@ __all__ = [
     'MomentsPooling',
     'SketchPooling',
     'SumPooling',
+    'Terms',
     'check_pooling',
     'check_takes_levels',
     'create_pooling',

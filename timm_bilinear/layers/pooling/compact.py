@@ -4,13 +4,13 @@ Source: Gao, Beijbom, Zhang, Darrell, 'Compact Bilinear Pooling', https://arxiv.
 """
 
 from abc import abstractmethod
-from typing import Annotated, Dict, Optional, Tuple
+from typing import Annotated, Dict, List, Optional, Tuple
 
 import torch
 
 from ..arguments import Bounds
 from .plain import PlainPooling, mean_products, project_products, root_and_norm
-from .registry import register_pooling
+from .registry import Terms, register_pooling
 
 __all__ = ['MaclaurinPooling', 'SketchPooling']
 
@@ -56,6 +56,9 @@ class _CompactPooling(PlainPooling):
 
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
         return root_and_norm(self.sketch(mean_products(a, b)), self.eps)
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        return [Terms(self.sketch(mean_products(a, b)), (a,) if b is None else (a, b), 2)]
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, num_features={self.num_features}, eps={self.eps:g}'

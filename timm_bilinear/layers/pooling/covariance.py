@@ -5,14 +5,14 @@ Root Normalization' (iSQRT-COV), https://arxiv.org/abs/1712.01034; Lin, Maji, 'I
 https://arxiv.org/abs/1707.06772.
 """
 
-from typing import Annotated, Optional, Tuple
+from typing import Annotated, List, Optional, Tuple
 
 import torch
 
 from ...ops import descriptor_size, reference
 from ..arguments import Bounds
 from .plain import PlainPooling, mean_products, root_and_norm
-from .registry import register_pooling
+from .registry import Terms, register_pooling
 
 __all__ = ['ISqrtPooling', 'MatrixRootPooling', 'matrix_root', 'newton_schulz']
 
@@ -148,13 +148,22 @@ class ISqrtPooling(PlainPooling):
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
         scale, _ = reference.safe_scales(a, a)
         a = a / scale
-        a = a - a.mean(2, keepdim=True)
+        return self.root(a - a.mean(2, keepdim=True)) * scale[:, 0]
+
+    def root(self, a: torch.Tensor) -> torch.Tensor:
+        """Packed root of the covariance of centred features (B, C, N)."""
         z = reference.products(a, a, 'avg')
         trace = z.diagonal(0, 1, 2).sum(1)[:, None, None]
         trace = torch.where(trace > 1e-30, trace, 1.0)  # of an image without variance the root is 0 / 1
-        root = newton_schulz(z / trace, self.iterations) * trace.sqrt() * scale
+        root = newton_schulz(z / trace, self.iterations) * trace.sqrt()
         packed = reference.pack(root)
         return packed if self.isometric else _bare(packed, int(root.shape[1]))
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        """Of centred features: what all locations have in common is in no covariance."""
+        a = a / reference.safe_scales(a, a)[0]
+        a = a - a.mean(2, keepdim=True)
+        return [Terms(self.root(a), (a,), 1)]
 
     def fold_triangle(self, weight: torch.Tensor) -> torch.Tensor:
         """A classifier's weight (K, D) for bare triangles, for this pooling's descriptors."""
@@ -203,13 +212,27 @@ class MatrixRootPooling(PlainPooling):
         self.iterations = iterations
         self.eps = eps
 
-    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+    def root(self, a: torch.Tensor) -> torch.Tensor:
+        """Root (B, C, C) of the mean outer product of features (B, C, N)."""
         iterations = self.iterations
         if iterations is None:
-            root = matrix_root(mean_products(a.double(), None)).to(a.dtype)
-        else:
-            root = _iterated_root(mean_products(a, None), iterations)
-        return root_and_norm(root, self.eps)
+            return matrix_root(mean_products(a.double(), None)).to(a.dtype)
+        return _iterated_root(mean_products(a, None), iterations)
+
+    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+        return root_and_norm(self.root(a), self.eps)
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        if self.iterations is not None:
+            return [Terms(reference.pack(self.root(a)), (a,), 1)]
+        # Z^(1/2) = (Q Z + Z Q) / 2 with Q = Z^(-1/2) held constant, which unlike the derivative is exact for a null space
+        z = mean_products(a.double(), None)
+        values, vectors = torch.linalg.eigh(z.detach())
+        roots = values.clamp_min(0).sqrt()
+        is_null = roots <= _LEAST_ROOT * roots.amax(1, keepdim=True)
+        inverse = torch.where(is_null, 0.0, 1 / torch.where(is_null, 1.0, roots))
+        inverse = (vectors * inverse[:, None, :]) @ vectors.mT
+        return [Terms(reference.pack((inverse @ z + z @ inverse) / 2).to(a.dtype), (a,), 2)]
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, iterations={self.iterations}, eps={self.eps:g}'

@@ -5,14 +5,14 @@ https://arxiv.org/abs/1807.09915.
 """
 
 from itertools import combinations
-from typing import Annotated, Optional, Tuple
+from typing import Annotated, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ..arguments import Bounds
 from .plain import PlainPooling, mean_products, project_products, root_and_norm
-from .registry import register_pooling
+from .registry import Terms, register_pooling
 
 __all__ = ['CrossPooling']
 
@@ -55,15 +55,21 @@ class CrossPooling(PlainPooling):
         for proj in self.proj:
             nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
 
-    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
-        """Of levels concatenated in `a`, or of two."""
+    def products(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[torch.Tensor]:
+        """Pooled products of the projections of every two levels, (B, dim) each; levels concatenated in `a`, or two."""
         maps = [a, b] if b is not None else list(a.split(list(self.in_features), 1))
         weights = [proj.weight.to(a.dtype) for proj in self.proj]
         parts = []
         for i, j in self.pairs:
             z = mean_products(maps[self.sources[i]], maps[self.sources[j]])
-            parts.append(root_and_norm(project_products(z, weights[i], weights[j]), self.eps))
-        return torch.cat(parts, 1)
+            parts.append(project_products(z, weights[i], weights[j]))
+        return parts
+
+    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([root_and_norm(z, self.eps) for z in self.products(a, b)], 1)
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        return [Terms(torch.cat(self.products(a, b), 1), (a,) if b is None else (a, b), 2)]
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, num_features={self.num_features}, eps={self.eps:g}'

@@ -3,14 +3,14 @@
 Source: Lin, Maji, Koniusz, 'Second-order Democratic Aggregation', https://arxiv.org/abs/1808.07503.
 """
 
-from typing import Annotated, Optional, Tuple
+from typing import Annotated, List, Optional, Tuple
 
 import torch
 
 from ...ops import descriptor_size, reference
 from ..arguments import Bounds
 from .plain import PlainPooling, root_and_norm
-from .registry import register_pooling
+from .registry import Terms, register_pooling
 
 __all__ = ['DemocraticPooling', 'democratic_weights']
 
@@ -77,14 +77,20 @@ class DemocraticPooling(PlainPooling):
         self.iterations = iterations
         self.eps = eps
 
-    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
-        # a factor of all features changes the weights by one of all weights
+    def weigh(self, a: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Features divided by their largest, which changes nothing but all weights alike, and weights (B, 1, N)."""
         largest = a.detach().abs().amax((1, 2), keepdim=True)
         a = a / torch.where(largest > 0, largest, 1.0)
         kernel = torch.bmm(a.transpose(1, 2), a).square()  # of outer products
-        weights = democratic_weights(kernel, self.gamma, self.iterations)
-        z = reference.products(a * weights.transpose(1, 2), a, 'avg')
-        return root_and_norm(z, self.eps)
+        return a, democratic_weights(kernel, self.gamma, self.iterations).transpose(1, 2)
+
+    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+        a, weights = self.weigh(a)
+        return root_and_norm(reference.products(a * weights, a, 'avg'), self.eps)
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        a, weights = self.weigh(a)
+        return [Terms(reference.pack(reference.products(a * weights.detach(), a, 'avg')), (a,), 2)]
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, gamma={self.gamma:g}, iterations={self.iterations}, eps={self.eps:g}'

@@ -3,7 +3,7 @@
 Source: Lin, RoyChowdhury, Maji, 'Bilinear CNNs for Fine-grained Visual Recognition', https://arxiv.org/abs/1504.07889.
 """
 
-from typing import Annotated, Literal, Optional, Tuple
+from typing import Annotated, List, Literal, Optional, Tuple
 
 import torch
 import torch.fx
@@ -11,8 +11,9 @@ import torch.nn as nn
 
 from ...ops import bilinear_classify, bilinear_pool, descriptor_size, reference
 from ..arguments import Bounds
+from .plain import pooled_products
 from .power import power_pool
-from .registry import BilinearPooling, register_pooling
+from .registry import BilinearPooling, Terms, register_pooling
 
 __all__ = ['AvgPooling', 'ExactPooling', 'MaxPooling', 'SumPooling']
 
@@ -77,6 +78,10 @@ class ExactPooling(BilinearPooling):
             eps=self.eps,
             recompute=self.grad_checkpointing,
         )
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        z = pooled_products(a, b, self.reduction)
+        return [Terms(reference.pack(z), (a,), 2) if b is None else Terms(z.flatten(1), (a, b), 2)]
 
     def extra_repr(self) -> str:
         power = f'eps={self.eps:g}' if self.power == 'root' else f'power={self.power!r}, eta={self.eta:g}'

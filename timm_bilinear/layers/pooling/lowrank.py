@@ -4,7 +4,7 @@ Source: Kong, Fowlkes, 'Low-rank Bilinear Pooling for Fine-Grained Classificatio
 """
 
 import math
-from typing import Annotated, Optional, Tuple
+from typing import Annotated, List, Optional, Tuple
 
 import torch
 import torch.fx
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ...ops import descriptor_size, reference
 from ..arguments import Bounds
 from .plain import PlainPooling, mean_products
-from .registry import register_pooling
+from .registry import Terms, register_pooling
 
 __all__ = ['LowRankClassifier', 'LowRankPooling']
 
@@ -96,6 +96,9 @@ class LowRankPooling(PlainPooling):
             return reference.pack(reference.products(a, a, 'avg'))
         z = reference.pack(mean_products(a, None))
         return z / reference.norm(z)
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        return [Terms(reference.pack(mean_products(a, None)), (a,), 2)]
 
     def create_classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
         return LowRankClassifier(self.in_features[0], num_classes, self.rank, device=device, dtype=dtype)

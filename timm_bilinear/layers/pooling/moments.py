@@ -5,7 +5,7 @@ https://arxiv.org/abs/2307.11342, and Xie, Zeng, Wang, Zhou, Li, 'SoT: Delving D
 Transformer', https://arxiv.org/abs/2104.10935.
 """
 
-from typing import Annotated, Optional, Tuple
+from typing import Annotated, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ...ops import reference
 from ..arguments import Bounds
 from .plain import PlainPooling
-from .registry import register_pooling
+from .registry import Terms, register_pooling
 
 __all__ = ['MomentsPooling']
 
@@ -59,18 +59,38 @@ class MomentsPooling(PlainPooling):
         self.proj = nn.Linear(in_features[0], dim, **dd)
         self.norm = nn.LayerNorm(self.head_dim, **dd)
 
-    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
-        """Of tokens `a`; the class token is that at every location of `b`."""
-        first = (a if b is None else b).mean(2)
-        first = F.layer_norm(first / first.detach().abs().amax(1, keepdim=True).clamp_min(1.0), self.in_features[-1:])
+    def centred(self, a: torch.Tensor) -> torch.Tensor:
+        """Heads of the projected tokens, layer-normalised and centred, (B, N, heads, d)."""
         scale, _ = reference.safe_scales(a, a)
         tokens = F.linear((a / scale).transpose(1, 2), self.proj.weight.to(a.dtype), self.proj.bias.to(a.dtype))
         x = tokens.unflatten(2, (self.heads, self.head_dim))  # (B, N, heads, d)
         x = F.layer_norm(x, (self.head_dim,), self.norm.weight.to(a.dtype), self.norm.bias.to(a.dtype), self.norm.eps)
-        x = (x - x.mean(1, keepdim=True)).transpose(1, 2)
-        z = torch.matmul(x[:, :-1].transpose(2, 3), x[:, 1:]) / x.shape[2]
-        y = reference.signed_root(z.flatten(2), torch.full((), self.eps, dtype=z.dtype, device=z.device))
+        return x - x.mean(1, keepdim=True)
+
+    def covariances(self, x: torch.Tensor) -> torch.Tensor:
+        """Of every head and the next, (B, heads - 1, d * d)."""
+        x = x.transpose(1, 2)
+        return (torch.matmul(x[:, :-1].transpose(2, 3), x[:, 1:]) / x.shape[2]).flatten(2)
+
+    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+        """Of tokens `a`; the class token is that at every location of `b`."""
+        first = (a if b is None else b).mean(2)
+        first = F.layer_norm(first / first.detach().abs().amax(1, keepdim=True).clamp_min(1.0), self.in_features[-1:])
+        z = self.covariances(self.centred(a))
+        y = reference.signed_root(z, torch.full((), self.eps, dtype=z.dtype, device=z.device))
         return torch.cat([first, (y / reference.norm(y)).flatten(1)], 1)
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        """The mean token's channels less their mean, of which the class token has no location; and the covariances."""
+        tokens = a if b is None else b
+        first = tokens.mean(2)
+        is_class_token = b is not None and bool((b == b[:, :, :1]).all())  # the same at every location
+        x = self.centred(a).flatten(2).transpose(1, 2)  # (B, dim, N)
+        heads = x.transpose(1, 2).unflatten(2, (self.heads, self.head_dim))
+        return [
+            Terms(first - first.mean(1, keepdim=True), () if is_class_token else (tokens,), 1),
+            Terms(self.covariances(heads).flatten(1), (x,), 2),
+        ]
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, num_features={self.num_features}, heads={self.heads}'

@@ -9,7 +9,7 @@ import torch.fx
 from ...ops import autocast_dtype, check_maps, reference, without_autocast
 from .registry import BilinearPooling
 
-__all__ = ['PlainPooling', 'in_float32', 'mean_products', 'project_products', 'root_and_norm']
+__all__ = ['PlainPooling', 'in_float32', 'mean_products', 'pooled_products', 'project_products', 'root_and_norm']
 
 
 class PlainPooling(BilinearPooling):
@@ -65,8 +65,8 @@ def _narrow(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return z.clamp(-65504.0, 65504.0).to(dtype) if dtype == torch.float16 else z.to(dtype)
 
 
-def mean_products(a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
-    """Mean outer products over locations, (B, Ca, Cb), of one stream with itself or of two.
+def pooled_products(a: torch.Tensor, b: Optional[torch.Tensor], pool: str) -> torch.Tensor:
+    """Outer products pooled over locations, (B, Ca, Cb), of one stream with itself or of two.
 
     Where they would overflow they are those of features divided by their largest, so this is for what a positive factor
     does not change.
@@ -74,10 +74,16 @@ def mean_products(a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
     Args:
         a: (B, Ca, N) features.
         b: (B, Cb, N) features, or None.
+        pool: 'avg', 'sum' or 'max'.
     """
     b_ = a if b is None else b
     scale_a, scale_b = reference.safe_scales(a, b_)
-    return reference.products(a / scale_a, b_ / scale_b, 'avg')
+    return reference.products(a / scale_a, b_ / scale_b, pool)
+
+
+def mean_products(a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+    """`pooled_products` of the mean."""
+    return pooled_products(a, b, 'avg')
 
 
 def project_products(z: torch.Tensor, w: torch.Tensor, v: torch.Tensor, chunk: int = 1024) -> torch.Tensor:

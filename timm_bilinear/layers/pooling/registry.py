@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from dataclasses import dataclass
 from typing import Annotated, Any, Callable, ClassVar, Dict, List, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 import torch
@@ -12,6 +13,7 @@ from ..arguments import Bounds, arguments_of, check_argument, check_arguments
 
 __all__ = [
     'BilinearPooling',
+    'Terms',
     'check_pooling',
     'check_takes_levels',
     'create_pooling',
@@ -20,6 +22,22 @@ __all__ = [
     'pooling_arguments',
     'register_pooling',
 ]
+
+
+@dataclass
+class Terms:
+    """A part of a descriptor as a sum over locations, apart from what is done to each entry afterwards.
+
+    Args:
+        entries: (B, D), zero only where the descriptor's are. They are homogeneous in the variables together, so by
+            Euler's theorem the products of variables and gradients sum to `degree` times the entries.
+        variables: Tensors (B, C, N) in the graph of `entries`; none if no location has a part in them.
+        degree: Degree of the entries in all variables.
+    """
+
+    entries: torch.Tensor
+    variables: Tuple[torch.Tensor, ...]
+    degree: int
 
 
 class BilinearPooling(nn.Module):
@@ -71,6 +89,18 @@ class BilinearPooling(nn.Module):
     def create_classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
         """A classifier on this pooling's descriptors, with attributes `weight` and `bias`."""
         return nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
+
+    def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
+        """Parts of the descriptor, in their order, as sums over locations: what `timm_bilinear.explain` tells.
+
+        Args:
+            a: (B, Ca, N) features in float32 or wider.
+            b: (B, Cb, N) features of the second stream, or None.
+
+        Raises:
+            NotImplementedError: If the descriptor is no such sum.
+        """
+        raise NotImplementedError(f'{type(self).__name__} does not say what each location gives to a descriptor.')
 
     def fold_classifier(self, weight: torch.Tensor) -> torch.Tensor:
         """A checkpoint's classifier weight, (K, D) in this pooling's layout: folded if it is one on full matrices."""

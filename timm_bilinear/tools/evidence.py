@@ -1,0 +1,273 @@
+"""What each location of the last feature map gives to a logit, so that all of them sum to it exactly.
+
+A linear classifier's logit less its bias is w . z of the descriptor z. Each entry of z is a multiple of one that is
+homogeneous in the features, by a factor (slope of the root, norm) that is held constant; so feature times gradient,
+divided by the degree, sums to w . z by Euler's theorem. With the factor's own gradient the sum would be 0 where the
+descriptor does not change with the features' scale, which is why Grad-CAM's maps of these networks sum to nothing.
+"""
+
+from dataclasses import dataclass
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..layers.pooling import ExactPooling, Terms
+from ..models import BilinearCNN
+from ..ops import without_autocast
+from ..ops.packing import triangle_indices
+
+__all__ = ['Evidence', 'PairEvidence', 'explain', 'explain_pairs']
+
+Classes = Union[int, Sequence[int], torch.Tensor, None]
+
+
+@dataclass
+class Evidence:
+    """What locations give to logits, or to differences of two.
+
+    `maps` sum to `logit - bias - unlocated`.
+
+    Args:
+        maps: (B, h, w) evidence of each location for `target`, or for it rather than `contrast`.
+        target: (B,) class indices.
+        logit: (B,) the class's logit, less that of `contrast`.
+        bias: (B,) the classifier's bias of the class, less that of `contrast`.
+        contrast: (B,) class indices, or None.
+        unlocated: (B,) what a class token gives, which has no location; else 0.
+        channels: (B, C) what each channel gives to the sum, of each stream as it is pooled; none for a pooling of
+            several parts.
+    """
+
+    maps: torch.Tensor
+    target: torch.Tensor
+    logit: torch.Tensor
+    bias: torch.Tensor
+    contrast: Optional[torch.Tensor]
+    unlocated: torch.Tensor
+    channels: Tuple[torch.Tensor, ...]
+
+
+def explain(model: nn.Module, images: torch.Tensor, target: Classes = None, contrast: Classes = None) -> Evidence:
+    """Tell where the evidence for a class lies in images, or for one class rather than another.
+
+    Args:
+        model: A bilinear CNN, or another model of timm whose logits are linear in the mean of its last feature map; it
+            is used in eval mode.
+        images: (B, C, H, W), preprocessed as the model wants them, on its device.
+        target: Class indices (B,), or one for all images; None for the class with the highest logit.
+        contrast: Class indices (B,), or one for all images, that the target is compared with.
+
+    Returns:
+        The evidence, in the dtype of the features, float32 at least. It is exact at the last feature map; what a
+        location of it sees of the image is the backbone's.
+
+    Raises:
+        TypeError: If `images` are no tensor, or classes no indices.
+        ValueError: If shapes or indices are wrong, or there is no such sum for the model.
+    """
+    found = _open(model, images, target, contrast)
+    maps, channels, unlocated = _locate(found)
+    bias = found.logit - (found.weight * found.z).sum(1)
+    maps = maps.unflatten(1, found.grid)
+    return Evidence(maps, found.target, found.logit, bias, found.contrast, unlocated, channels)
+
+
+@dataclass
+class PairEvidence:
+    """What products of two channels give to logits, or to differences of two.
+
+    Args:
+        shares: (B, D) of every pair, which sum to the logit less the bias.
+        pairs: Channels of the pairs told apart, of one stream the lower first.
+        maps: (B, P, h, w) of these pairs, which sum to their shares over the locations.
+    """
+
+    shares: torch.Tensor
+    pairs: List[Tuple[int, int]]
+    maps: torch.Tensor
+
+
+def explain_pairs(
+    model: nn.Module,
+    images: torch.Tensor,
+    target: Classes = None,
+    contrast: Classes = None,
+    pairs: Union[int, Sequence[int]] = 10,
+) -> PairEvidence:
+    """Tell which pairs of channels speak for a class, and where.
+
+    Args:
+        model: A bilinear CNN with exact average or sum pooling.
+        images, target, contrast: As for `explain`.
+        pairs: Number of pairs, those that give most to all images together, or the pairs' places in the descriptor.
+
+    Raises:
+        TypeError, ValueError: As for `explain`.
+    """
+    found = _open(model, images, target, contrast)
+    pool = unwrap_model(model).head.pool if isinstance(unwrap_model(model), BilinearCNN) else None
+    if not isinstance(pool, ExactPooling) or pool.reduction == 'max':
+        raise ValueError("Pairs of channels are told of the poolings 'avg' and 'sum'.")
+    shares = found.weight * found.z
+    places = shares.sum(0).topk(min(pairs, shares.shape[1])).indices if isinstance(pairs, int) else torch.tensor(pairs)
+    places = places.to(shares.device)
+    maps = [x.detach() for x in found.parts[0].variables]
+    if len(maps) == 1:
+        flat, _, _ = triangle_indices(maps[0].shape[1], places.device)
+        places_a, places_b = flat[places] // maps[0].shape[1], flat[places] % maps[0].shape[1]
+    else:
+        places_a, places_b = places // maps[1].shape[1], places % maps[1].shape[1]
+    products = maps[0][:, places_a] * maps[-1][:, places_b]  # (B, P, N)
+    sums = products.sum(2, keepdim=True)
+    parts = products / torch.where(sums == 0, 1.0, sums) * shares[:, places].unsqueeze(2)
+    return PairEvidence(shares, list(zip(places_a.tolist(), places_b.tolist())), parts.unflatten(2, found.grid))
+
+
+class _Found(NamedTuple):
+    """What evidence is made of: descriptors z (B, D), their parts, the grid, classes, logits and their gradients."""
+
+    z: torch.Tensor
+    parts: List[Terms]
+    grid: Tuple[int, int]
+    target: torch.Tensor
+    contrast: Optional[torch.Tensor]
+    logit: torch.Tensor
+    weight: torch.Tensor
+
+
+def _open(model: nn.Module, images: torch.Tensor, target: Classes, contrast: Classes) -> _Found:
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        raise TypeError("'images' must be a floating point tensor (B, C, H, W).")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"'images' must be (B, C, H, W) of at least one image, got {tuple(images.shape)}.")
+    model = unwrap_model(model)
+    if not getattr(model, 'num_classes', 0):
+        raise ValueError("'model' has no classifier, so there is no class to explain.")
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return _take_apart(model, images, target, contrast)
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+@torch.no_grad()
+def _take_apart(model: nn.Module, images: torch.Tensor, target: Classes, contrast: Classes) -> _Found:
+    features = model.forward_features(images)
+    if not isinstance(features, torch.Tensor) or features.ndim != 4:
+        raise ValueError(f'{_name(model)} has no feature map (B, C, h, w) that its logits are made of.')
+    logits = model.forward_head(features)
+    target = logits.argmax(1) if target is None else _class_indices('target', target, logits)
+    if contrast is not None:
+        contrast = _class_indices('contrast', contrast, logits)
+    if isinstance(model, BilinearCNN):
+        z, parts, grid = _bilinear_parts(model, features)
+        classify = model.head.fc
+    else:
+        z, parts, grid = _mean_parts(model, features, logits)
+        classify = model.get_classifier()
+    return _Found(z, parts, grid, target, contrast, *_linear(classify, z, target, contrast))
+
+
+def _name(model: nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
+def _class_indices(name: str, classes: Classes, logits: torch.Tensor) -> torch.Tensor:
+    if isinstance(classes, bool) or not isinstance(classes, (int, list, tuple, torch.Tensor)):
+        raise TypeError(f"'{name}' must be class indices, got {classes!r}.")
+    indices = torch.as_tensor(classes, device=logits.device)
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise TypeError(f"'{name}' must be class indices, got {indices.dtype}.")
+    if indices.ndim == 0:
+        indices = indices.expand(len(logits))
+    if indices.shape != logits.shape[:1]:
+        raise ValueError(f"'{name}' must be one index or {len(logits)}, got shape {tuple(indices.shape)}.")
+    if not 0 <= int(indices.min()) <= int(indices.max()) < logits.shape[1]:
+        raise ValueError(f"'{name}' must be within 0 and {logits.shape[1] - 1}, got {indices.tolist()}.")
+    return indices.long()
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _pooled_maps(model: BilinearCNN, features: torch.Tensor) -> List[torch.Tensor]:
+    """Maps (B, C, h, w) as the pooling gets them, in float32 or wider."""
+    head = model.head
+    if head.pool is None:
+        raise ValueError("'model' has no pooling, so its features are not classified.")
+    if head.proj_b is None:
+        return [_wide(head.proj_a(features))]
+    a, b = features[:, : head.in_features], features[:, head.in_features :]
+    return [_wide(head.proj_a(a)), _wide(head.proj_b(b))]
+
+
+def _bilinear_parts(model: BilinearCNN, features: torch.Tensor) -> Tuple[torch.Tensor, List[Terms], Tuple[int, int]]:
+    """Descriptors, their parts and the grid of a bilinear CNN."""
+    maps = _pooled_maps(model, features)
+    with without_autocast(features.device.type):
+        z = model.head.pool(*maps)
+        with torch.enable_grad():
+            a, *b = [x.flatten(2).requires_grad_() for x in maps]
+            try:
+                parts = model.head.pool.terms(a, b[0] if b else None)
+            except NotImplementedError as e:
+                raise ValueError(f"Pooling '{model.head.pool_type}' cannot be explained: {e}") from None
+    return z, parts, maps[0].shape[-2:]
+
+
+def _mean_parts(
+    model: nn.Module, features: torch.Tensor, logits: torch.Tensor
+) -> Tuple[torch.Tensor, List[Terms], Tuple[int, int]]:
+    """Descriptors, their parts and the grid of a network that classifies the mean of its features."""
+    fc = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    x = _wide(features).flatten(2)
+    z = x.mean(2)
+    is_linear = isinstance(fc, nn.Linear) and fc.in_features == z.shape[1]
+    if not is_linear or not torch.allclose(fc(z.to(fc.weight.dtype)), logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f'The logits of {_name(model)} are no sum over the locations of its last feature map: what is explained are'
+            ' bilinear CNNs, and networks that classify the mean of their features.'
+        )
+    with torch.enable_grad():
+        x.requires_grad_()
+        parts = [Terms(x.mean(2), (x,), 1)]
+    return z, parts, features.shape[-2:]
+
+
+def _linear(
+    classify: nn.Module, z: torch.Tensor, target: torch.Tensor, contrast: Optional[torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The logit of an affine classifier, or the difference of two, and its gradient (B, D), whatever the module is."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        dtype = next((p.dtype for p in classify.parameters() if p.is_floating_point()), z.dtype)
+        logits = classify(z if dtype == z.dtype else z.to(dtype)).to(z.dtype)
+        logit = logits.gather(1, target[:, None])[:, 0]
+        if contrast is not None:
+            logit = logit - logits.gather(1, contrast[:, None])[:, 0]
+        (weight,) = torch.autograd.grad(logit.sum(), z)
+    return logit.detach(), weight
+
+
+def _locate(found: _Found) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], torch.Tensor]:
+    """Maps (B, N), what each channel gives (B, C) by stream, and what has no location (B,)."""
+    sums = found.weight * found.z
+    unlocated = torch.zeros_like(sums[:, 0])
+    maps: List[torch.Tensor] = []
+    channels: List[Tuple[torch.Tensor, ...]] = []
+    for part, shares in zip(found.parts, sums.split([p.entries.shape[1] for p in found.parts], 1)):
+        if not part.variables:
+            unlocated = unlocated + shares.sum(1)
+            continue
+        entries = part.entries.detach()
+        factor = torch.where(entries == 0, 0.0, shares / torch.where(entries == 0, 1.0, entries))
+        gradients = torch.autograd.grad((factor * part.entries).sum(), part.variables, retain_graph=True)
+        products = [x.detach() * g / part.degree for x, g in zip(part.variables, gradients)]
+        maps += [product.sum(1) for product in products]
+        channels.append(tuple(product.sum(2) for product in products))
+    return torch.stack(maps).sum(0), channels[0] if len(channels) == 1 else (), unlocated
