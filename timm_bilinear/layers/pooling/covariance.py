@@ -52,6 +52,13 @@ def _solve_lyapunov(g: torch.Tensor, vectors: torch.Tensor, roots: torch.Tensor)
     return vectors @ (g * torch.where(is_null, 0.0, 1 / torch.where(is_null, 1.0, sums))) @ vectors.mT
 
 
+def _eigen_roots(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Roots of the eigenvalues (B, C), 0 for what is 0 but for rounding, and the eigenvectors (B, C, C)."""
+    values, vectors = torch.linalg.eigh(z)
+    roots = values.clamp_min(0).sqrt()
+    return torch.where(roots <= _LEAST_ROOT * roots.amax(-1, keepdim=True), 0.0, roots), vectors
+
+
 class _MatrixRoot(torch.autograd.Function):
     """Square root by eigenvectors. Its derivative X solves S X + X S = dZ, the Lyapunov equation, which has no
     differences of eigenvalues in it as the derivatives of the eigenvectors have.
@@ -61,8 +68,7 @@ class _MatrixRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        values, vectors = torch.linalg.eigh(z)
-        roots = values.clamp_min(0).sqrt()
+        roots, vectors = _eigen_roots(z)
         return (vectors * roots[..., None, :]) @ vectors.mT, vectors, roots
 
     @staticmethod
@@ -225,12 +231,10 @@ class MatrixRootPooling(PlainPooling):
     def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
         if self.iterations is not None:
             return [Terms(reference.pack(self.root(a)), (a,), 1)]
-        # Z^(1/2) = (Q Z + Z Q) / 2 with Q = Z^(-1/2) held constant, which unlike the derivative is exact for a null space
+        # Z^(1/2) = (Q Z + Z Q) / 2 with Q = Z^(-1/2) held constant
         z = mean_products(a.double(), None)
-        values, vectors = torch.linalg.eigh(z.detach())
-        roots = values.clamp_min(0).sqrt()
-        is_null = roots <= _LEAST_ROOT * roots.amax(1, keepdim=True)
-        inverse = torch.where(is_null, 0.0, 1 / torch.where(is_null, 1.0, roots))
+        roots, vectors = _eigen_roots(z.detach())
+        inverse = torch.where(roots == 0, 0.0, 1 / torch.where(roots == 0, 1.0, roots))
         inverse = (vectors * inverse[:, None, :]) @ vectors.mT
         return [Terms(reference.pack((inverse @ z + z @ inverse) / 2).to(a.dtype), (a,), 2)]
 
