@@ -10,7 +10,7 @@ import timm_bilinear
 
 PACKAGE = Path(timm_bilinear.__file__).parent
 # A part imports itself and what stands to its left.
-ORDER = ('_compat', 'ops', 'layers', 'models', 'hub data', 'tools', 'cli')
+ORDER = ('_compat', 'ops', 'layers', 'models', 'hub data', 'tools', 'cli_options', 'cli')
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts.split()}
 FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE or p.stem in RANK)
 

@@ -5,21 +5,15 @@ import importlib
 import os
 import runpy
 import sys
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from .cli_options import LABELS_HELP, MODEL_HELP, add_inference_options, add_setting, not_negative, positive
 from .tools.interrupt import Terminated, catch_signals
-from .tools.options import check_value
-from .tools.settings import AMP_DTYPES, Settings, TrainAug
+from .tools.settings import Settings, TrainAug
 
 __all__ = ['main']
-
-_MODEL_HELP = (
-    "folder, checkpoint of finetune or of timm's train script, hf-hub:OWNER/NAME, or a registered name with weights"
-)
-
-_LABELS_HELP = 'class names in the order of the logits, one in each line or as a JSON list (default: those of the run)'
 
 
 def _function(module: str, name: str):
@@ -64,6 +58,10 @@ def _predict(args: argparse.Namespace) -> Optional[int]:
     return _function('tools.predict', 'run_predict')(**_read_label_names(args))
 
 
+def _explain(args: argparse.Namespace) -> Optional[int]:
+    return _function('tools.explain', 'run_explain')(**_read_label_names(args))
+
+
 def _export(args: argparse.Namespace) -> Optional[int]:
     return _function('tools.export', 'run_export')(**_read_label_names(args))
 
@@ -101,28 +99,6 @@ def _run(argv: List[str]):
     runpy.run_path(argv[0], run_name='__main__')
 
 
-class _KeywordArguments(argparse.Action):
-    """NAME=VALUE pairs as a dict; values that are Python literals become what they are."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        arguments: Dict[str, Any] = dict(getattr(namespace, self.dest, None) or {})
-        for pair in values:
-            name, equals, value = pair.partition('=')
-            if not equals or not name.isidentifier():
-                parser.error(f"argument {option_string}: '{pair}' is not NAME=VALUE")
-            arguments[name] = _literal(value)
-        setattr(namespace, self.dest, arguments)
-
-
-def _literal(text: str) -> Any:
-    import ast
-
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {'true': True, 'false': False, 'none': None, 'null': None}.get(text.lower(), text)
-
-
 class _VersionAction(argparse.Action):
     """Versions of this package and of what its results depend on, read without importing any."""
 
@@ -157,58 +133,6 @@ def _usage_error(command: str, message: str) -> _CommandError:
     return _CommandError(command, message)
 
 
-def _number(setting: Field):
-    """Converter of one value of a setting, which refuses it by name if it is out of range."""
-    kind = setting.metadata['type']
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            word = {int: 'a whole number', float: 'a number'}.get(kind, kind.__name__)
-            raise argparse.ArgumentTypeError(f'must be {word}, got {text!r}') from None
-        if setting.metadata.get('nargs') is None:
-            try:
-                check_value(setting, value)
-            except (TypeError, ValueError) as e:
-                raise argparse.ArgumentTypeError(str(e).split("' ", 1)[-1].rstrip('.')) from None
-        return value
-
-    return convert
-
-
-def _add_setting(parser: argparse.ArgumentParser, setting: Field):
-    """Option of a setting, which is left out of the result if it is not given."""
-    metadata = dict(setting.metadata)
-    if not metadata.get('cli', True):
-        return
-    default = None if setting.default is MISSING else setting.default
-    text = metadata['help'].replace('%', '%%')
-    kind = metadata['type']
-    if default is not None and default is not False and '(default' not in text:
-        shown = (
-            'yes'
-            if default is True
-            else ' '.join(f'{v:.4g}' for v in default)
-            if isinstance(default, tuple)
-            else default
-        )
-        text += f' (default: {shown})'
-    options: Dict[str, Any] = dict(help=text, default=argparse.SUPPRESS, dest=setting.name)
-    flag = metadata.get('flag', setting.name).replace('_', '-')
-    flags = [f'--{flag}'] + ([f'--{setting.name.replace("_", "-")}'] if 'flag' in metadata else [])
-    if kind is bool and default is True:
-        options['action'] = argparse.BooleanOptionalAction
-    elif kind is bool:
-        options['action'] = 'store_true'
-    elif kind is dict:
-        options.update(action=_KeywordArguments, nargs=metadata.get('nargs', '*'), metavar=metadata.get('metavar'))
-    else:
-        options['type'] = str if kind is str else _number(setting)
-        options.update({key: metadata[key] for key in ('nargs', 'metavar', 'choices') if key in metadata})
-    parser.add_argument(*flags, **options)
-
-
 def _add_finetune(commands):
     usage = 'timm-bilinear finetune DATA --output DIR [OPTIONS]'
     p = commands.add_parser('finetune', usage=usage, help='fine-tune a model on images')
@@ -219,94 +143,76 @@ def _add_finetune(commands):
     for setting in settings.values():
         if setting.name == 'train_aug':
             for part in fields(TrainAug):
-                _add_setting(p, part)
+                add_setting(p, part)
         else:
-            _add_setting(p, setting)
-
-
-def _add_inference_options(p: argparse.ArgumentParser, workers: str):
-    p.add_argument('--batch-size', type=_positive, default=32, help='images at a time (default: %(default)s)')
-    p.add_argument(
-        '--amp',
-        choices=AMP_DTYPES,
-        default='auto',
-        help='precision; auto: bfloat16 where the device has it (default: %(default)s)',
-    )
-    p.add_argument('--workers', type=_not_negative, help=f'{workers} (default: by the cores)')
-    p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
-    p.add_argument('--label-names', metavar='FILE', help=_LABELS_HELP)
-    p.add_argument(
-        '--tta',
-        choices=('auto', 'none', 'flip', 'crops', 'scales'),
-        default='auto',
-        help='mean over mirror images, corners and centre, or parts at several scales; auto: scales for models that '
-        'want images padded whole, else none (default: %(default)s)',
-    )
-
-
-def _positive(text: str) -> int:
-    value = _not_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError('must be at least 1, got 0')
-    return value
-
-
-def _not_negative(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a whole number, got {text!r}') from None
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'must be at least 0, got {value}')
-    return value
+            add_setting(p, setting)
 
 
 def _add_evaluate(commands):
     p = commands.add_parser('evaluate', help='measure a model on images with known classes')
     p.set_defaults(run=_evaluate)
-    p.add_argument('model', metavar='MODEL', help=_MODEL_HELP)
+    p.add_argument('model', metavar='MODEL', help=MODEL_HELP)
     p.add_argument('data', metavar='DATA', help='folder with a folder per split or per class, or a timm dataset')
     p.add_argument('--split', default='test', help='split of DATA (default: %(default)s)')
     p.add_argument('--output', metavar='DIR', help='folder for metrics.json, tables and pictures (default: none)')
-    p.add_argument('--worst', type=_not_negative, default=25, help='images on their sheet (default: %(default)s)')
-    p.add_argument('--pairs', type=_not_negative, default=10, help='pairs on their sheet (default: %(default)s)')
+    p.add_argument('--worst', type=not_negative, default=25, help='images on their sheet (default: %(default)s)')
+    p.add_argument('--pairs', type=not_negative, default=10, help='pairs on their sheet (default: %(default)s)')
     p.add_argument('--skip-bad', action='store_true', help='go on without the images that cannot be read')
     p.add_argument('--class-map', metavar='FILE', help="file with the order of the classes, as timm's --class-map")
     p.add_argument('--data-root', dest='root', metavar='DIR', help='folder of a timm dataset')
     p.add_argument('--download', action='store_true', help='download a timm dataset that is not there')
-    _add_inference_options(p, 'loader processes')
+    add_inference_options(p, 'loader processes')
 
 
 def _add_predict(commands):
     p = commands.add_parser('predict', help='say what images show')
     p.set_defaults(run=_predict)
-    p.add_argument('model', metavar='MODEL', help=_MODEL_HELP)
+    p.add_argument('model', metavar='MODEL', help=MODEL_HELP)
     p.add_argument('images', metavar='IMAGE', nargs='+', help='images, folders of them, or patterns')
-    p.add_argument('--topk', type=_positive, default=5, help='classes of each image (default: %(default)s)')
+    p.add_argument('--topk', type=positive, default=5, help='classes of each image (default: %(default)s)')
     p.add_argument('--json', metavar='FILE', help='write a JSON list; - for standard output')
     p.add_argument('--csv', metavar='FILE', help='write a table; - for standard output')
-    _add_inference_options(p, 'threads that read images')
+    add_inference_options(p, 'threads that read images')
+
+
+def _add_explain(commands):
+    p = commands.add_parser('explain', help='show where in images the evidence for a class lies')
+    p.set_defaults(run=_explain)
+    p.add_argument('model', metavar='MODEL', help=MODEL_HELP)
+    p.add_argument('images', metavar='IMAGE', nargs='+', help='images, folders of them, or patterns')
+    p.add_argument('--output', required=True, metavar='DIR', help='folder for the pictures')
+    p.add_argument('--target', metavar='CLASS', help='class to explain, by name or index (default: the predicted one)')
+    p.add_argument('--contrast', metavar='CLASS', help='class that it is compared with')
+    p.add_argument('--json', metavar='FILE', help='write numbers and maps as a JSON list; - for standard output')
+    p.add_argument(
+        '--pairs',
+        type=not_negative,
+        default=0,
+        help='pairs of channels that give most to the target, to draw with what they see (default: %(default)s)',
+    )
+    p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
+    p.add_argument('--label-names', metavar='FILE', help=LABELS_HELP)
 
 
 def _add_export(commands):
     p = commands.add_parser('export', help='write a model as ONNX, checked in onnxruntime')
     p.set_defaults(run=_export)
-    p.add_argument('model', metavar='MODEL', help=_MODEL_HELP)
+    p.add_argument('model', metavar='MODEL', help=MODEL_HELP)
     p.add_argument('file', metavar='FILE.onnx')
-    p.add_argument('--opset', type=_positive, help="ONNX opset (default: the exporter's)")
+    p.add_argument('--opset', type=positive, help="ONNX opset (default: the exporter's)")
     p.add_argument(
         '--img-size',
         dest='size',
-        type=_positive,
+        type=positive,
         nargs='+',
         metavar='PIXELS',
         help="height and width (default: the model's)",
     )
-    p.add_argument('--label-names', metavar='FILE', help=_LABELS_HELP)
+    p.add_argument('--label-names', metavar='FILE', help=LABELS_HELP)
     p.add_argument('--image', metavar='FILE', help='picture that the result is checked on (default: one is drawn)')
     p.add_argument(
         '--repeats',
-        type=_not_negative,
+        type=not_negative,
         default=5,
         help='runs that measure the speed, 0 for none (default: %(default)s)',
     )
@@ -329,7 +235,7 @@ def _add_push(commands):
     p.add_argument(
         '--label-names',
         metavar='FILE',
-        help=_LABELS_HELP,
+        help=LABELS_HELP,
     )
     p.add_argument('--half', action='store_true', help='store weight matrices in half precision')
     p.add_argument('--commit-message', default='Add model', help='(default: %(default)s)')
@@ -363,7 +269,7 @@ def _parser() -> Tuple[argparse.ArgumentParser, Dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(prog='timm-bilinear', description='Bilinear CNNs for timm.')
     parser.add_argument('--version', action=_VersionAction)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for add in (_add_finetune, _add_evaluate, _add_predict, _add_export, _add_push, _add_others):
+    for add in (_add_finetune, _add_evaluate, _add_predict, _add_explain, _add_export, _add_push, _add_others):
         add(commands)
     return parser, commands.choices
 

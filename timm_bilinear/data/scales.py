@@ -1,7 +1,7 @@
 """Views of an image at several scales, for models whose images may show their subject at any size."""
 
 import math
-from typing import Callable, List, Tuple
+from typing import Callable, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -36,18 +36,32 @@ class ScaleViews:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Views one below another, (C, VIEWS * H, W), of an image of any size."""
-        views = [self.transform(image)]
+        # what a part shows beyond the image is the image's most frequent colour, as the margin of a page is
+        fill = max(image.resize((64, 64), Image.Resampling.NEAREST).getcolors(64 * 64))[1]
+        parts = [self.transform(self._cut(image, part, fill)) for part in self._parts(image)]
+        return torch.cat([self.transform(image), *parts], dim=1)
+
+    def boxes(self, image: Image.Image) -> List[Tuple[float, float, float, float]]:
+        """Left, top, right and bottom of the parts that the views after the first are made of, as parts of the image's
+        width and height; beyond 0 and 1 where they are filled.
+        """
+        boxes = []
+        for part in self._parts(image):
+            # the window around what it shows of the image
+            width, height = (edge / part.scale for edge in self.window[::-1])
+            left, top = part.left - (width - part.width) / 2, part.top - (height - part.height) / 2
+            box = (left / image.width, top / image.height)
+            boxes.append((*box, box[0] + width / image.width, box[1] + height / image.height))
+        return boxes
+
+    def _parts(self, image: Image.Image) -> List['_Part']:
         whole = min(self.window[0] / image.height, self.window[1] / image.width)
         step = max(_FINEST / whole, 1.0) ** (1 / _SCALES)
         sums = _detail(image)
-        # what a part shows beyond the image is the image's most frequent colour, as the margin of a page is
-        fill = max(image.resize((64, 64), Image.Resampling.NEAREST).getcolors(64 * 64))[1]
-        for i in range(1, _SCALES + 1):
-            views += [self.transform(part) for part in self._parts(image, sums, whole * step**i, fill)]
-        return torch.cat(views, dim=1)
+        return [part for i in range(1, _SCALES + 1) for part in self._best(image, sums, whole * step**i)]
 
-    def _parts(self, image: Image.Image, sums: np.ndarray, scale: float, fill) -> List[Image.Image]:
-        """Windows of the image at a scale, those with most detail first."""
+    def _best(self, image: Image.Image, sums: np.ndarray, scale: float) -> List['_Part']:
+        """Parts of the image at a scale, those with most detail first."""
         height, width = (min(edge / scale, limit) for edge, limit in zip(self.window, (image.height, image.width)))
         rows, columns = (sums.shape[0] - 1) / image.height, (sums.shape[1] - 1) / image.width
 
@@ -64,15 +78,26 @@ class ScaleViews:
             ]
             if all(is_apart) and len(chosen) < _PARTS:
                 chosen.append((top, left))
-        parts = []
-        for top, left in (chosen * _PARTS)[:_PARTS]:
-            size = tuple(max(1, round(edge * scale)) for edge in (width, height))
-            box = (left, top, left + width, top + height)
-            piece = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-            part = Image.new(image.mode, self.window[::-1], fill)
-            part.paste(piece, ((part.width - piece.width) // 2, (part.height - piece.height) // 2))
-            parts.append(part)
-        return parts
+        return [_Part(left, top, width, height, scale) for top, left in (chosen * _PARTS)[:_PARTS]]
+
+    def _cut(self, image: Image.Image, part: '_Part', fill) -> Image.Image:
+        """A part of the image at its scale, in the middle of a window of the fill's colour."""
+        size = tuple(max(1, round(edge * part.scale)) for edge in (part.width, part.height))
+        box = (part.left, part.top, part.left + part.width, part.top + part.height)
+        piece = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        window = Image.new(image.mode, self.window[::-1], fill)
+        window.paste(piece, ((window.width - piece.width) // 2, (window.height - piece.height) // 2))
+        return window
+
+
+class _Part(NamedTuple):
+    """A part of an image, in its pixels, and the scale that it is shown at."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    scale: float
 
 
 def _starts(length: int, window: float) -> List[float]:

@@ -32,6 +32,7 @@ __all__ = [
     'resolve_device',
     'resolve_tta',
     'view_data_config',
+    'view_log_weights',
     'views',
     'whole_number',
 ]
@@ -211,11 +212,16 @@ def batch_logits(
         logits.append(out.float())
     if len(logits) == 1:
         return logits[0]
-    log_probs = torch.stack([each.log_softmax(-1) for each in logits])
-    if tta == 'scales':
-        entropy = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
-        return (log_probs + (-_CERTAINTY * entropy).log_softmax(0)).logsumexp(0)
-    return log_probs.logsumexp(0) - math.log(len(logits))
+    logits = torch.stack(logits)
+    return (logits.log_softmax(-1) + view_log_weights(logits, tta)).logsumexp(0)
+
+
+def view_log_weights(logits: torch.Tensor, tta: Optional[str]) -> torch.Tensor:
+    """Logarithms of the weights (V, B, 1) of views in the mean of their probabilities, from their logits (V, B, K)."""
+    if tta != 'scales':
+        return logits.new_full((len(logits), 1, 1), -math.log(len(logits)))
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1, keepdim=True)
+    return (-_CERTAINTY * entropy).log_softmax(0)
 
 
 def predict_logits(

@@ -24,7 +24,7 @@ from ..data.transforms import make_transform, transform_settings
 from ..models.image_modes import IMG_MODES
 from .inference import batch_logits, label_descriptions, resolve_amp_dtype, view_data_config
 
-__all__ = ['Source', 'find_sources', 'iterate_predictions']
+__all__ = ['Source', 'find_sources', 'iterate_predictions', 'one_line']
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class _Decoded(NamedTuple):
     error: Optional[str]
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
     return ' '.join(str(error).split()) or type(error).__name__
 
 
@@ -65,7 +66,7 @@ def _find_paths(given: str) -> Iterator[Source]:
         if is_glob and found == [path] and not os.path.lexists(path):  # what matches nothing is given back
             found = []
     except (OSError, ValueError) as e:  # a folder that cannot be read, a name with a null byte
-        yield Source(given, error=_one_line(e))
+        yield Source(given, error=one_line(e))
         return
     if skipped and found:
         more = f' And {len(skipped) - 3} more.' if len(skipped) > 3 else ''
@@ -106,7 +107,7 @@ def find_sources(images: Any) -> Iterator[Source]:
                     image.seek(0)
                 data = bytes(image.read())
             except (OSError, ValueError, TypeError, AttributeError) as e:
-                yield Source(name, error=f"Cannot read '{name}': {_one_line(e)}.")
+                yield Source(name, error=f"Cannot read '{name}': {one_line(e)}.")
             else:
                 yield Source(name, data)
         else:
@@ -127,7 +128,7 @@ def _decode(source: Source, transform: Callable, mode: str, min_size: Optional[i
             image = open_image(place, mode, min_size=min_size)
         return _Decoded(source.name, transform(image), None)
     except Exception as e:
-        return _Decoded(source.name, None, _one_line(e))
+        return _Decoded(source.name, None, one_line(e))
 
 
 def _ahead(sources: Iterable[Source], decode: Callable, workers: int, depth: int) -> Iterator[_Decoded]:

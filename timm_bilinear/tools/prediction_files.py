@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO
 from ..hub.partial import partial_path
 from .interrupt import Interrupted, Terminated
 
-__all__ = ['check_targets', 'open_writers', 'printable']
+__all__ = ['check_targets', 'json_writer', 'open_writers', 'printable']
 
 _CSV_HEADER = ('image', 'error', 'rank', 'name', 'index', 'probability')
 
@@ -20,6 +20,15 @@ _CSV_HEADER = ('image', 'error', 'rank', 'name', 'index', 'probability')
 def _plain(text: str) -> str:
     """Text that any encoding of Unicode takes: the bytes of a file name that are no characters are written out."""
     return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+
+
+def _plain_values(value: Any) -> Any:
+    """What `json` writes, with the texts in it as `_plain` has them."""
+    if isinstance(value, str):
+        return _plain(value)
+    if isinstance(value, dict):
+        return {_plain_values(k): _plain_values(v) for k, v in value.items()}
+    return [_plain_values(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def printable(text: str) -> str:
@@ -88,17 +97,15 @@ def _opened(target: str) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _json_writer(target: str) -> Iterator[Callable[[Dict[str, Any]], None]]:
+def json_writer(target: str) -> Iterator[Callable[[Dict[str, Any]], None]]:
+    """Function that adds a dict to a JSON list in a file, which gets its name at the end; '-' is stdout."""
     with _opened(target) as f:
         is_unicode = (f.encoding or '').lower().replace('-', '').startswith('utf8')
         separator = '[\n'
 
         def write(result: Dict[str, Any]):
             nonlocal separator
-            predictions = [dict(p, name=_plain(p['name'])) for p in result['predictions']]
-            error = result['error'] and _plain(result['error'])
-            plain = dict(image=_plain(result['image']), error=error, predictions=predictions)
-            f.write(separator + json.dumps(plain, ensure_ascii=not is_unicode, allow_nan=False))
+            f.write(separator + json.dumps(_plain_values(result), ensure_ascii=not is_unicode, allow_nan=False))
             separator = ',\n'
 
         yield write
@@ -167,7 +174,7 @@ def open_writers(json_file: Optional[str], csv_file: Optional[str]) -> Iterator[
     """
     with ExitStack() as stack:
         writers = []
-        for target, writer in ((json_file, _json_writer), (csv_file, _csv_writer)):
+        for target, writer in ((json_file, json_writer), (csv_file, _csv_writer)):
             if target is not None:
                 stack.enter_context(_full_disk_named(os.fspath(target)))
                 writers.append(stack.enter_context(writer(os.fspath(target))))

@@ -1,0 +1,282 @@
+"""The explain command: pictures and numbers of where the evidence for a class lies in images."""
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from PIL import Image
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..hub.partial import partial_path
+from .channel_pairs import draw_channel_pairs
+from .evidence import Evidence, explain
+from .evidence_pictures import Panel, draw_evidence, draw_panels
+from .inference import label_descriptions, label_names, load, model_name
+from .interrupt import Interrupted, Terminated
+from .pictures import GREY, INK, RIGHT, WRONG, Tile, draw_sheet
+from .prediction import find_sources
+from .prediction_files import check_targets, json_writer, printable
+from .shown_images import Box, ImageReader, ShownImage, choose_views, read_batches
+
+__all__ = ['run_explain']
+
+_TOOL = 'timm-bilinear explain'
+_RESULTS = 'explain.json'
+_SHEET = 50  # images on the sheet at most
+
+
+def find_class(name: str, labels: Sequence[str], descriptions: Sequence[str], option: str) -> int:
+    """Index of the class that a user names: its label, what people call it, or its number.
+
+    Raises:
+        ValueError: If there is none, or several of this name.
+    """
+    for names in (labels, descriptions):
+        found = [i for i, known in enumerate(names) if known == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"'{option}' {name!r} names {len(found)} classes; give the index of one: {found}.")
+    if name.isdecimal() and int(name) < len(labels):
+        return int(name)
+    close = [known for known in descriptions if name.lower() in known.lower()][:5]
+    hint = f' Is it one of {", ".join(map(repr, close))}?' if close else ''
+    raise ValueError(f"'{option}' names no class of the model: {name!r}.{hint}")
+
+
+class _Folder:
+    """The folder of pictures: what an earlier run left in it is replaced, what others did is refused.
+
+    Raises:
+        FileExistsError: If it has files that no earlier run wrote.
+        OSError: If it cannot be written.
+    """
+
+    def __init__(self, path: Union[str, Path]):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"'{self.path}' is not a folder.")
+        own: List[str] = []
+        try:
+            told = json.loads((self.path / _RESULTS).read_text())
+            own = [_RESULTS, *told['files']] if told['tool'] == _TOOL else []
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        foreign = (
+            sorted({p.name for p in self.path.iterdir() if not p.name.startswith('.')} - set(own))
+            if (self.path.exists())
+            else []
+        )
+        if foreign:
+            raise FileExistsError(f"'{self.path / foreign[0]}' was not written by explain; give another folder.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in own:
+            if Path(name).name == name:
+                (self.path / name).unlink(missing_ok=True)
+        self.files: List[str] = []
+
+    def name_for(self, image: str) -> str:
+        """A new file name for the picture of an image."""
+        stem = ''.join(c if c.isalnum() or c in '-_.' else '_' for c in Path(image).stem)[:80].strip('.') or 'image'
+        name, number = f'{stem}.png', 1
+        while name.lower() in {f.lower() for f in (*self.files, 'sheet.png', 'pairs.png')}:
+            number += 1
+            name = f'{stem}_{number}.png'
+        return name
+
+    def save(self, name: str, image: Image.Image):
+        with partial_path(self.path, '.explain.', '.png') as partial:
+            image.save(partial)
+            partial.replace(self.path / name)
+        self.files.append(name)
+
+    def finish(self, about: Dict[str, Any]):
+        """List what was written, which tells the next run what is its own."""
+        with partial_path(self.path, '.explain.', '.json') as partial:
+            partial.write_text(json.dumps(dict(tool=_TOOL, **about, files=self.files), indent=1) + '\n')
+            partial.replace(self.path / _RESULTS)
+
+
+def _number(value: float) -> str:
+    return f'{value:.3f}' if abs(value) < 1000 else f'{value:.4g}'
+
+
+class _Explainer:
+    """Evidence of one image after another, as pictures and as what JSON says of it."""
+
+    def __init__(self, net: nn.Module, target: Optional[str], contrast: Optional[str]):
+        self.net = net
+        self.names = label_descriptions(net)
+        classes = unwrap_model(net).num_classes
+        if len(self.names) != classes:
+            self.names = [str(i) for i in range(classes)]
+        labels = label_names(net) if len(label_names(net)) == classes else self.names
+        self.target = None if target is None else find_class(target, labels, self.names, 'target')
+        self.contrast = None if contrast is None else find_class(contrast, labels, self.names, 'contrast')
+        if self.target is not None and self.target == self.contrast:
+            raise ValueError(f"'target' and 'contrast' are both {self.names[self.target]!r}.")
+
+    def __call__(self, batch: Sequence[ShownImage]) -> Iterator[Tuple[Dict[str, Any], Image.Image, Image.Image]]:
+        """What is said of each image, its picture, and a small one for the sheet."""
+        pixels, boxes, probabilities = choose_views(self.net, batch)
+        with torch.inference_mode(False):
+            one = explain(self.net, pixels, self.target)
+            other = None if self.contrast is None else explain(self.net, pixels, self.contrast)
+        for i, shown in enumerate(batch):
+            told = self._tell(shown, boxes[i], one, i, probabilities)
+            maps = one.maps[i]
+            panels = [Panel([Path(shown.name).name]), Panel(self._lines(told['target']), maps.double().cpu().numpy())]
+            title = f'What speaks for {told["target"]["name"]}'
+            if other is not None:
+                told['contrast'] = self._class(other, i, probabilities)
+                against = other.maps[i].double().cpu().numpy()
+                panels.append(Panel(self._lines(told['contrast']), against))
+                maps = maps - other.maps[i]
+                difference = told['target']['logit'] - told['contrast']['logit']
+                evidence = told['target']['evidence'] - told['contrast']['evidence']
+                rather = f'{told["target"]["name"]} rather than {told["contrast"]["name"]}'
+                lines = [rather, f'difference {_number(difference)}, evidence {_number(evidence)}']
+                panels.append(Panel(lines, maps.double().cpu().numpy()))
+                title = f'What speaks for {rather}'
+            values = maps.double().cpu().numpy()
+            told['map'] = values.tolist()
+            yield (
+                told,
+                draw_panels(shown.image, title, panels, boxes[i]),
+                draw_evidence(shown.image, values, boxes[i]),
+            )
+
+    def _class(self, found: Evidence, i: int, probabilities: torch.Tensor) -> Dict[str, Any]:
+        index = int(found.target[i])
+        told = dict(name=self.names[index], index=index, probability=float(probabilities[i, index]))
+        told.update(logit=float(found.logit[i]), bias=float(found.bias[i]), evidence=float(found.maps[i].sum()))
+        if found.unlocated[i]:
+            told['unlocated'] = float(found.unlocated[i])
+        return told
+
+    def _tell(
+        self, shown: ShownImage, box: Box, found: Evidence, i: int, probabilities: torch.Tensor
+    ) -> Dict[str, Any]:
+        best = int(probabilities[i].argmax())
+        prediction = dict(name=self.names[best], index=best, probability=float(probabilities[i, best]))
+        return dict(
+            image=shown.name,
+            error=None,
+            prediction=prediction,
+            target=self._class(found, i, probabilities),
+            contrast=None,
+            box=list(box),
+        )
+
+    @staticmethod
+    def _lines(told: Dict[str, Any]) -> List[str]:
+        logit, bias, evidence = (_number(told[k]) for k in ('logit', 'bias', 'evidence'))
+        token = f' + class token {_number(told["unlocated"])}' if 'unlocated' in told else ''
+        return [
+            f'{told["name"]}, {100 * told["probability"]:.1f} %',
+            f'logit {logit} = bias {bias} + evidence {evidence}{token}',
+        ]
+
+
+def run_explain(
+    model: Union[str, Path, nn.Module],
+    images: Sequence[Any],
+    output: Union[str, Path],
+    target: Optional[str] = None,
+    contrast: Optional[str] = None,
+    json: Optional[str] = None,
+    pairs: int = 0,
+    device: Optional[str] = None,
+    label_names: Any = None,
+) -> int:
+    """Explain what a model sees in images, in pictures and numbers.
+
+    Args:
+        model: As for `predict`.
+        images: As for `predict`.
+        output: Folder for a picture of each image, a sheet of several, and explain.json.
+        target: Class to explain: its label, description or index; None for the predicted one of each image.
+        contrast: Class that it is compared with.
+        json: File for a list of the numbers and maps, '-' for stdout.
+        pairs: Pairs of channels, those that give most to the target over all images, to draw into pairs.png.
+        device, label_names: As for `predict`.
+
+    Returns:
+        Exit code: 0, or 1 if an image could not be explained.
+
+    Raises:
+        OSError, RuntimeError, TypeError, ValueError: As for `predict`, and if there is no such class or folder.
+    """
+    if json is not None:
+        check_targets(json, None)
+    if pairs and target is None:
+        raise ValueError("'pairs' are of one class: name it as 'target'.")
+    sources = list(find_sources(images))
+    if not sources:
+        raise ValueError("'images' are empty: name at least one file, folder or pattern.")
+    net = load(model, device, label_names)
+    explainer = _Explainer(net, target, contrast)
+    read = ImageReader(net, next((p.device for p in net.parameters()), torch.device('cpu')))
+    folder = _Folder(output)
+    tiles: List[Tile] = []
+    failed = done = 0
+    try:
+        with ExitStack() as stack:
+            write = stack.enter_context(json_writer(os.fspath(json))) if json is not None else None
+            for batch, errors in read_batches(sources, read):
+                for told, picture, small in explainer(batch) if batch else ():
+                    told['picture'] = folder.name_for(told['image'])
+                    folder.save(told['picture'], picture)
+                    tiles.append(_tile(told, small))
+                    done += 1
+                    _write(told, write)
+                for error in errors:
+                    failed += 1
+                    print(f'timm-bilinear: error: {printable(error["image"])}: {error["error"]}', file=sys.stderr)
+                    if write is not None:
+                        write(error)
+        if done > 1:
+            shown = tiles[:_SHEET]
+            some = f', the first {_SHEET} of {done}' if done > _SHEET else ''
+            folder.save('sheet.png', draw_sheet(shown, f'Evidence by {model_name(net)}{some}'))
+        about = dict(model=model_name(net), images=done)
+        if pairs and done:
+            told, picture = draw_channel_pairs(net, sources, read, explainer.target, explainer.contrast, pairs)
+            folder.save('pairs.png', picture)
+            about.update(pairs=told)
+        folder.finish(about)
+    except KeyboardInterrupt as e:
+        folder.finish(dict(model=model_name(net), images=done))
+        code = 143 if isinstance(e, Terminated) else 130
+        raise Interrupted(f"Stopped: '{folder.path}' has the pictures of {done} of {len(sources)} images.", code) from e
+    where = f"'{folder.path}' has {len(folder.files)} picture{'s' * (len(folder.files) != 1)}"
+    print(f'timm-bilinear: {where}{f", {failed} images have none" if failed else ""}.', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tile(told: Dict[str, Any], small: Image.Image) -> Tile:
+    is_right = told['prediction']['index'] == told['target']['index']
+    lines = [
+        (told['target']['name'], INK),
+        (f'{100 * told["target"]["probability"]:.1f} %', RIGHT if is_right else WRONG),
+    ]
+    if told['contrast'] is not None:
+        lines.append((f'rather than {told["contrast"]["name"]}', GREY))
+    return Tile(small, [*lines, (Path(told['image']).name, GREY)])
+
+
+def _write(told: Dict[str, Any], write):
+    if write is not None:
+        write(told)
+        return
+    one, other = told['target'], told['contrast']
+    rather = '' if other is None else f', {printable(other["name"])} {_number(other["logit"])}'
+    print(
+        f'{printable(told["image"])}: {printable(one["name"])} {100 * one["probability"]:.1f} %, logit'
+        f' {_number(one["logit"])}{rather}: {told["picture"]}'
+    )
