@@ -17,6 +17,7 @@ __all__ = [
     'ops',
     'predict',
     'push_to_hub',
+    'retrieval_metrics',
     'save_model',
 ]
 
@@ -29,6 +30,7 @@ _HOMES = {
     'load': 'tools.inference',
     'predict': 'tools.predict',
     'push_to_hub': 'hub',
+    'retrieval_metrics': 'tools.ranking',
     'save_model': 'hub',
 }
 _MODULES = ('data', 'finetune', 'hub', 'layers', 'models', 'ops', 'tools')
