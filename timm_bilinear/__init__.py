@@ -11,6 +11,7 @@ __all__ = [
     'explain',
     'export_onnx',
     'finetune',
+    'index_images',
     'layers',
     'load',
     'models',
@@ -19,6 +20,7 @@ __all__ = [
     'push_to_hub',
     'retrieval_metrics',
     'save_model',
+    'search',
 ]
 
 # What is loaded when it is asked for: what training and inference need, and in the command all of it.
@@ -27,11 +29,13 @@ _HOMES = {
     'evaluate': 'tools.evaluate',
     'explain': 'tools.evidence',
     'export_onnx': 'tools.export',
+    'index_images': 'tools.index',
     'load': 'tools.inference',
     'predict': 'tools.predict',
     'push_to_hub': 'hub',
     'retrieval_metrics': 'tools.ranking',
     'save_model': 'hub',
+    'search': 'tools.search',
 }
 _MODULES = ('data', 'finetune', 'hub', 'layers', 'models', 'ops', 'tools')
 

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from .cli_options import LABELS_HELP, MODEL_HELP, add_inference_options, add_setting, not_negative, positive
 from .tools.interrupt import Terminated, catch_signals
-from .tools.settings import Settings, TrainAug
+from .tools.settings import AMP_DTYPES, Settings, TrainAug
 
 __all__ = ['main']
 
@@ -60,6 +60,20 @@ def _predict(args: argparse.Namespace) -> Optional[int]:
 
 def _explain(args: argparse.Namespace) -> Optional[int]:
     return _function('tools.explain', 'run_explain')(**_read_label_names(args))
+
+
+def _index(args: argparse.Namespace) -> Optional[int]:
+    if not args.remove and (args.model is None or args.folder is None):
+        raise _usage_error('index', 'the following arguments are required: MODEL, FOLDER (or --remove)')
+    return _function('tools.index', 'run_index')(**vars(args))
+
+
+def _search(args: argparse.Namespace) -> Optional[int]:
+    return _function('tools.search', 'run_search')(**vars(args))
+
+
+def _retrieval(args: argparse.Namespace) -> Optional[int]:
+    return _function('tools.search', 'run_retrieval')(**vars(args))
 
 
 def _export(args: argparse.Namespace) -> Optional[int]:
@@ -194,6 +208,46 @@ def _add_explain(commands):
     p.add_argument('--label-names', metavar='FILE', help=LABELS_HELP)
 
 
+def _add_index(commands):
+    usage = 'timm-bilinear index MODEL FOLDER --output FILE [OPTIONS]'
+    p = commands.add_parser('index', usage=usage, help='make an index of images to search in')
+    p.set_defaults(run=_index)
+    p.add_argument('model', nargs='?', metavar='MODEL', help=MODEL_HELP)
+    p.add_argument('folder', nargs='?', metavar='FOLDER', help='folder of images')
+    p.add_argument('--output', required=True, metavar='FILE', help='the index, new or brought up to date')
+    p.add_argument('--dim', type=positive, help='numbers that are kept of an image (default: 512)')
+    p.add_argument('--reduce', choices=('sketch', 'pca', 'none'), help='how they are made (default: sketch)')
+    p.add_argument('--remove', nargs='+', metavar='PATH', help='take these images, or folders, out of the index')
+    p.add_argument('--batch-size', type=positive, default=32, help='images at a time (default: %(default)s)')
+    p.add_argument('--amp', choices=AMP_DTYPES, default='auto', help='precision (default: %(default)s)')
+    p.add_argument('--workers', type=not_negative, help='threads that read images (default: by the cores)')
+    p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
+
+    p = commands.add_parser('search', help='find the images of an index that look like others')
+    p.set_defaults(run=_search)
+    p.add_argument('index', metavar='FILE', help='index')
+    p.add_argument('images', metavar='IMAGE', nargs='+', help='images, folders of them, or patterns')
+    p.add_argument('--topk', type=positive, default=10, help='images to find for each (default: %(default)s)')
+    p.add_argument('--model', metavar='MODEL', help='model of the index (default: where it was)')
+    p.add_argument('--json', metavar='FILE', help='write a JSON list; - for standard output')
+    p.add_argument('--sheet', metavar='PNG', help='draw what is found')
+    p.add_argument('--faiss', action='store_true', help='search by faiss, with the same results')
+    p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
+
+    p = commands.add_parser('retrieval', help='measure how well images of a class find each other')
+    p.set_defaults(run=_retrieval)
+    p.add_argument('model', metavar='MODEL', help=MODEL_HELP)
+    p.add_argument('query', metavar='QUERY_FOLDER', help='folder with a folder of images per class')
+    p.add_argument('gallery', metavar='GALLERY_FOLDER', nargs='?', help='images to look in (default: the queries)')
+    p.add_argument('--cameras', metavar='REGEX', help="finds the camera in a file name, e.g. 'c([0-9]+)'")
+    p.add_argument('--labels', metavar='REGEX', help="finds the class in a file name (default: its folder's name)")
+    p.add_argument('--rerank', action='store_true', help='rank by k-reciprocal neighbours too')
+    p.add_argument('--json', metavar='FILE', help='write the numbers; - for standard output')
+    p.add_argument('--batch-size', type=positive, default=32, help='images at a time (default: %(default)s)')
+    p.add_argument('--workers', type=not_negative, help='threads that read images (default: by the cores)')
+    p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
+
+
 def _add_export(commands):
     p = commands.add_parser('export', help='write a model as ONNX, checked in onnxruntime')
     p.set_defaults(run=_export)
@@ -269,7 +323,9 @@ def _parser() -> Tuple[argparse.ArgumentParser, Dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(prog='timm-bilinear', description='Bilinear CNNs for timm.')
     parser.add_argument('--version', action=_VersionAction)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for add in (_add_finetune, _add_evaluate, _add_predict, _add_explain, _add_export, _add_push, _add_others):
+    for add in (_add_finetune, _add_evaluate, _add_predict, _add_explain, _add_index):
+        add(commands)
+    for add in (_add_export, _add_push, _add_others):
         add(commands)
     return parser, commands.choices
 

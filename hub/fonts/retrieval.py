@@ -13,18 +13,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import List, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from timm_bilinear import retrieval_metrics
 from timm_bilinear.data.folder import create_split
 from timm_bilinear.data.loader import create_loader
-from timm_bilinear.tools.inference import autocast, load, resolve_amp_dtype, resolve_tta, view_data_config, views
+from timm_bilinear.tools.inference import load, resolve_amp_dtype, view_data_config
+from timm_bilinear.tools.vectors import describe
 
-__all__ = ['FAMILIES', 'describe', 'score']
+__all__ = ['FAMILIES', 'describe_images']
 
 # Google Fonts families that are not among those of GoogleFontsBench.
 FAMILIES = (
@@ -34,57 +35,19 @@ FAMILIES = (
     'noto-serif oswald oxygen pacifico prompt quicksand raleway rubik signika source-sans-3 source-serif-4 spectral '
     'teko titillium-web ubuntu vollkorn zilla-slab'
 ).split()
-_RECALLS = (1, 2, 4, 8)
+_MEASURES = ('recall@1', 'recall@2', 'recall@4', 'recall@8', 'MAP@R')
 
 
-@torch.inference_mode()
-def describe(model: nn.Module, images: Path) -> Tuple[torch.Tensor, List[str]]:
-    """Descriptors (N, D) of unit length of the images of a folder's test split, and the names of their folders.
-
-    A descriptor is the mean over the image's views, of unit length again.
-    """
+def describe_images(model: nn.Module, images: Path) -> Tuple[torch.Tensor, List[str]]:
+    """Descriptors (N, D) of unit length of the images of a folder's test split, and the names of their folders."""
     data = create_split(images, 'test')
-    test, names = data.splits['test'], data.class_names
-    tta = resolve_tta(model, 'auto')
-    size = view_data_config(model)['input_size'][1:]
     amp_dtype = resolve_amp_dtype('auto', torch.device('cpu'))
     parts, labels = [], []
-    for pixels, targets in tqdm(create_loader(test, view_data_config(model, tta), 16), images.name, unit='batch'):
-        total = 0.0
-        for view in views(pixels, tta, size):
-            with autocast(torch.device('cpu'), amp_dtype):
-                features = model.forward_features(view.to(memory_format=torch.channels_last))
-                total = total + model.forward_head(features, pre_logits=True).float()
-        parts.append(F.normalize(total))
-        labels += [names[i] for i in targets.tolist()]
+    loader = create_loader(data.splits['test'], view_data_config(model, 'auto'), 16)
+    for pixels, targets in tqdm(loader, images.name, unit='batch'):
+        parts.append(describe(model, pixels, amp_dtype))
+        labels += [data.class_names[i] for i in targets.tolist()]
     return torch.cat(parts), labels
-
-
-def score(
-    queries: torch.Tensor, query_labels: List[str], gallery: torch.Tensor, gallery_labels: List[str]
-) -> Dict[str, float]:
-    """Recall at 1, 2, 4 and 8, and MAP@R (Musgrave et al., https://arxiv.org/abs/2003.08505), in percent.
-
-    Args:
-        queries: (Q, D) descriptors of unit length.
-        query_labels: Q names.
-        gallery: (G, D) descriptors of unit length, of other images.
-        gallery_labels: G names.
-
-    Raises:
-        ValueError: If a query has no image of its name in the gallery.
-    """
-    sums = dict.fromkeys([*(f'recall@{k}' for k in _RECALLS), 'MAP@R'], 0.0)
-    order = (queries @ gallery.T).argsort(dim=1, descending=True, stable=True)
-    for name, row in zip(query_labels, order.tolist()):
-        relevant = gallery_labels.count(name)
-        if relevant == 0:
-            raise ValueError(f"The gallery has no image of '{name}'.")
-        right = [gallery_labels[i] == name for i in row]
-        for k in _RECALLS:
-            sums[f'recall@{k}'] += any(right[:k])
-        sums['MAP@R'] += sum(sum(right[: i + 1]) / (i + 1) for i in range(relevant) if right[i]) / relevant
-    return {key: 100 * value / len(query_labels) for key, value in sums.items()}
 
 
 def main():
@@ -102,12 +65,13 @@ def main():
         parser.error('a model, queries and a gallery are needed')
     try:
         model = load(args.model, device='cpu')
-        queries, gallery = (describe(model, images) for images in (args.queries, args.gallery))
+        queries, gallery = (describe_images(model, images) for images in (args.queries, args.gallery))
         rows = []
         for what, of in (('font', str), ('family', lambda name: name.split('-latin-')[0])):
             labels, found = ([of(name) for name in each[1]] for each in (queries, gallery))
             print(f'{len(labels)} queries, gallery of {len(found)} images, by {what} of {len(set(found))}:')
-            scores = score(queries[0], labels, gallery[0], found)
+            scores = retrieval_metrics(queries[0], labels, gallery[0], found)
+            scores = {name: scores[name] for name in _MEASURES}
             print('  ' + ', '.join(f'{name} {value:.1f} %' for name, value in scores.items()))
             sizes = dict(queries=len(labels), gallery=len(found), labels=len(set(found)))
             rows.append(dict(what=what, renderers=[args.queries.name, args.gallery.name], **sizes, scores=scores))

@@ -10,7 +10,6 @@ import pango
 import publish
 import pytest
 import retrieval
-import torch
 from faces import demo_fonts
 from folder import render_folder
 from PIL import Image
@@ -113,31 +112,6 @@ def test_programs_that_are_not_there(script, fonts, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r'There is no .*install'):
         draw(fonts, tmp_path / 'images', 1)
     assert not (tmp_path / 'images').exists()
-
-
-def test_retrieval_scores():
-    """Against the definitions, for a query at a time: MAP@R is the mean precision at the places of the right ones."""
-    generator = torch.Generator().manual_seed(0)
-    labels = [f'{i % 5}' for i in range(40)]
-    centres = torch.randn(5, 8, generator=generator)
-    queries, gallery = (
-        torch.nn.functional.normalize(centres[[int(i) for i in labels]] + 1.5 * torch.randn(40, 8, generator=generator))
-        for _ in range(2)
-    )
-    scores = retrieval.score(queries, labels, gallery, labels)
-    precisions, hits = [], {k: [] for k in (1, 2, 4, 8)}
-    for query, label in zip(queries, labels):
-        ranked = sorted(range(40), key=lambda i: -float(query @ gallery[i]))
-        relevance = np.array([labels[i] == label for i in ranked])
-        of_first = relevance[:8]  # R is 8
-        precisions.append((np.cumsum(of_first) / np.arange(1, 9) * of_first).sum() / 8)
-        for k, values in hits.items():
-            values.append(relevance[:k].any())
-    assert scores['MAP@R'] == pytest.approx(100 * np.mean(precisions))
-    assert {k: scores[f'recall@{k}'] for k in hits} == pytest.approx({k: 100 * np.mean(v) for k, v in hits.items()})
-    assert 30 < scores['MAP@R'] < 95
-    with pytest.raises(ValueError, match="no image of '7'"):
-        retrieval.score(queries[:1], ['7'], gallery, labels)
 
 
 def test_unseen_families_are_unseen():

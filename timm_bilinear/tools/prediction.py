@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from io import BytesIO, TextIOBase
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from PIL import Image
@@ -24,7 +24,7 @@ from ..data.transforms import make_transform, transform_settings
 from ..models.image_modes import IMG_MODES
 from .inference import batch_logits, label_descriptions, resolve_amp_dtype, view_data_config
 
-__all__ = ['Source', 'find_sources', 'iterate_predictions', 'one_line']
+__all__ = ['Decoded', 'Source', 'find_sources', 'iterate_images', 'iterate_predictions', 'one_line']
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ class Source(NamedTuple):
     error: Optional[str] = None
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
+    """What became of a source: its name, its pixels or why there are none."""
+
     name: str
     image: Optional[torch.Tensor]  # (C, H, W) uint8
     error: Optional[str]
@@ -118,20 +120,20 @@ def find_sources(images: Any) -> Iterator[Source]:
 _in_memory = threading.Lock()  # an image that is given twice is not for two threads at once
 
 
-def _decode(source: Source, transform: Callable, mode: str, min_size: Optional[int]) -> _Decoded:
+def _decode(source: Source, transform: Callable, mode: str, min_size: Optional[int]) -> Decoded:
     """Read an image, in any thread; what is wrong with it is no matter of the others."""
     if source.error is not None:
-        return _Decoded(source.name, None, source.error)
+        return Decoded(source.name, None, source.error)
     try:
         place = BytesIO(source.place) if isinstance(source.place, bytes) else source.place
         with _in_memory if isinstance(place, Image.Image) else nullcontext():
             image = open_image(place, mode, min_size=min_size)
-        return _Decoded(source.name, transform(image), None)
+        return Decoded(source.name, transform(image), None)
     except Exception as e:
-        return _Decoded(source.name, None, one_line(e))
+        return Decoded(source.name, None, one_line(e))
 
 
-def _ahead(sources: Iterable[Source], decode: Callable, workers: int, depth: int) -> Iterator[_Decoded]:
+def _ahead(sources: Iterable[Source], decode: Callable, workers: int, depth: int) -> Iterator[Decoded]:
     """Decode in threads (Pillow lets go of the interpreter's lock), in order, no more than `depth` images ahead."""
     if workers == 0:
         yield from map(decode, sources)
@@ -168,6 +170,39 @@ def _best(logits: torch.Tensor, names: List[str], topk: int) -> Iterator[Dict[st
         yield dict(error=None, predictions=predictions)
 
 
+def iterate_images(
+    net: nn.Module,
+    sources: Iterable[Source],
+    batch_size: int = 32,
+    workers: Optional[int] = None,
+    tta: Optional[str] = None,
+) -> Iterator[Tuple[List[Decoded], torch.Tensor]]:
+    """Images as a model wants them, a batch at a time, no more than three batches of which are in memory.
+
+    Args:
+        net: Model in eval mode, as `load` gives it.
+        sources: Images, of `find_sources`.
+        batch_size, workers, tta: As for `predict`.
+
+    Yields:
+        What became of each source, and the pixels (B, C, H, W), on the model's device, of those that can be read.
+    """
+    config = view_data_config(net, tta)
+    channels = config['input_size'][0]
+    if channels not in IMG_MODES:
+        raise ValueError(f'Images have 1 to {max(IMG_MODES)} channels, the model wants {channels}.')
+    device = next((p.device for p in net.parameters()), torch.device('cpu'))
+    transform = make_transform(transform_settings(config), is_training=False, normalize=False)
+    decode = partial(_decode, transform=transform, mode=IMG_MODES[channels], min_size=draft_size(config))
+    image_extensions()  # Pillow's readers are imported here, not by several threads
+    workers = default_workers(device) if workers is None else workers
+    decoded = _ahead(sources, decode, workers, depth=2 * batch_size)
+    while batch := list(itertools.islice(decoded, batch_size)):
+        images = [entry.image for entry in batch if entry.image is not None]
+        pixels = torch.stack(images).to(device) if images else torch.empty(0, *config['input_size'], device=device)
+        yield batch, _normalise(pixels, config)
+
+
 @torch.inference_mode()
 def iterate_predictions(
     net: nn.Module,
@@ -180,8 +215,6 @@ def iterate_predictions(
 ) -> Iterator[Dict[str, Any]]:
     """Predictions of a loaded model, one image after another, as `predict` returns them.
 
-    No more than three batches of images are in memory at a time.
-
     Args:
         net: Model in eval mode, as `load` gives it.
         sources: Images, of `find_sources`.
@@ -190,23 +223,11 @@ def iterate_predictions(
     inner = unwrap_model(net)
     if getattr(inner, 'num_classes', None) == 0:
         raise ValueError("'model' has no classifier (num_classes is 0), so there is nothing to predict.")
-    config = view_data_config(net, tta)
-    channels = config['input_size'][0]
-    if channels not in IMG_MODES:
-        raise ValueError(f'Images have 1 to {max(IMG_MODES)} channels, the model wants {channels}.')
-    device = next((p.device for p in net.parameters()), torch.device('cpu'))
-    amp_dtype = resolve_amp_dtype(amp, device)
-    transform = make_transform(transform_settings(config), is_training=False, normalize=False)
-    decode = partial(_decode, transform=transform, mode=IMG_MODES[channels], min_size=draft_size(config))
+    amp_dtype = resolve_amp_dtype(amp, next((p.device for p in net.parameters()), torch.device('cpu')))
     names = label_descriptions(net)
-    image_extensions()  # Pillow's readers are imported here, not by several threads
-    workers = default_workers(device) if workers is None else workers
-    decoded = _ahead(sources, decode, workers, depth=2 * batch_size)
-    while batch := list(itertools.islice(decoded, batch_size)):
+    for batch, pixels in iterate_images(net, sources, batch_size, workers, tta):
         said: Iterator[Dict[str, Any]] = iter(())
-        images = [entry.image for entry in batch if entry.image is not None]
-        if images:
-            pixels = _normalise(torch.stack(images).to(device), config)
+        if len(pixels):
             try:
                 logits = batch_logits(net, pixels, amp_dtype, tta)
             except torch.OutOfMemoryError as e:
