@@ -76,6 +76,10 @@ def _retrieval(args: argparse.Namespace) -> Optional[int]:
     return _function('tools.search', 'run_retrieval')(**vars(args))
 
 
+def _app(args: argparse.Namespace) -> Optional[int]:
+    return _function('tools.app', 'run_app')(**vars(args))
+
+
 def _export(args: argparse.Namespace) -> Optional[int]:
     return _function('tools.export', 'run_export')(**_read_label_names(args))
 
@@ -85,8 +89,17 @@ def _benchmark(args: argparse.Namespace):
 
 
 def _push(args: argparse.Namespace):
+    is_space = vars(args).pop('space')
     given = _read_label_names(args)
-    where = _function('hub', 'push_to_hub')(given.pop('checkpoint'), given.pop('repo'), **given)
+    if is_space:
+        taken = ('private', 'license', 'commit_message', 'dry_run')
+        others = [k for k, v in given.items() if v and k not in (*taken, 'checkpoint', 'repo')]
+        if others:
+            raise _usage_error('push', f'argument --space: not allowed with argument --{others[0].replace("_", "-")}')
+        space = {name: given[name] for name in taken}
+        where = _function('hub.space', 'push_space')(given['checkpoint'], given['repo'], **space)
+    else:
+        where = _function('hub', 'push_to_hub')(given.pop('checkpoint'), given.pop('repo'), **given)
     if given['dry_run'] is None:
         print(f'Pushed to {where}')
         return
@@ -223,6 +236,14 @@ def _add_index(commands):
     p.add_argument('--workers', type=not_negative, help='threads that read images (default: by the cores)')
     p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
 
+    p = commands.add_parser('app', help='show a page that pictures are dropped on')
+    p.set_defaults(run=_app)
+    p.add_argument('model', metavar='MODEL', help=MODEL_HELP)
+    p.add_argument('--index', metavar='FILE', help='index of images to find look-alikes in')
+    p.add_argument('--port', type=positive, help='port (default: the first free one from 7860)')
+    p.add_argument('--host', help='address to listen on (default: 127.0.0.1, this machine alone)')
+    p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')
+
     p = commands.add_parser('search', help='find the images of an index that look like others')
     p.set_defaults(run=_search)
     p.add_argument('index', metavar='FILE', help='index')
@@ -293,6 +314,7 @@ def _add_push(commands):
     )
     p.add_argument('--half', action='store_true', help='store weight matrices in half precision')
     p.add_argument('--commit-message', default='Add model', help='(default: %(default)s)')
+    p.add_argument('--space', action='store_true', help='publish the page of `app` for a model that is on the Hub')
     p.add_argument('--dry-run', metavar='DIR', help="write the repo's files into DIR and send nothing")
 
 

@@ -152,13 +152,19 @@ class Handler(BaseHTTPRequestHandler):
             return 401, {'error': 'no token'}
         if path == '/api/repos/create':
             name = f'{body.get("organization") or "me"}/{body["name"]}'
+            if body.get('type') == 'space':
+                assert body['sdk'] == 'gradio'
+                name = f'spaces/{name}'
             url = {'url': f'{self.hub.endpoint}/{name}', 'id': name, 'name': name}
             if name in self.hub.repos:
                 return 409, url
             self.hub.repos[name] = Repo(private=body.get('private') or body.get('visibility') == 'private')
             self.hub.repos[name].commit({'.gitattributes': b''})
             return 200, url
-        if m := re.fullmatch(r'/(?:api/models/)?([^/]+/[^/]+?)(?:\.git/info/lfs/objects/(batch))?(?:/(.*))?', path):
+        if m := re.fullmatch(
+            r'/(?:api/models/|api/(?=spaces/))?((?:spaces/)?[^/]+/[^/]+?)(?:\.git/info/lfs/objects/(batch))?(?:/(.*))?',
+            path,
+        ):
             name, batch, rest = m.groups()
             repo = self.hub.repos.get(name)
             if repo is None or (repo.private and not authorised):

@@ -28,10 +28,12 @@ def file_hashes(path: Union[str, Path]) -> Tuple[str, str]:
     return sha256.hexdigest(), sha1.hexdigest()
 
 
-def _different(api: HfApi, repo_id: str, directory: Path) -> List[str]:
+def _different(api: HfApi, repo_id: str, repo_type: str, directory: Path) -> List[str]:
     """Names of the files whose content on the Hub, by its hashes, is not that of the folder."""
     paths = sorted(directory.iterdir())
-    there = {info.path: info for info in api.get_paths_info(repo_id, [path.name for path in paths])}
+    there = {
+        info.path: info for info in api.get_paths_info(repo_id, [path.name for path in paths], repo_type=repo_type)
+    }
     different = []
     for path in paths:
         sha256, blob_id = file_hashes(path)
@@ -41,7 +43,9 @@ def _different(api: HfApi, repo_id: str, directory: Path) -> List[str]:
     return different
 
 
-def upload(api: HfApi, repo_id: str, directory: Path, private: bool, commit_message: str) -> str:
+def upload(
+    api: HfApi, repo_id: str, directory: Path, private: bool, commit_message: str, is_space: bool = False
+) -> str:
     """Send a folder, in one commit, and compare what is on the Hub then to it.
 
     Args:
@@ -50,6 +54,7 @@ def upload(api: HfApi, repo_id: str, directory: Path, private: bool, commit_mess
         directory: Folder of files.
         private: Create it private.
         commit_message: Message of the commit.
+        is_space: Whether it is a Space, by Gradio, instead of a model.
 
     Returns:
         URL of the repo.
@@ -59,24 +64,31 @@ def upload(api: HfApi, repo_id: str, directory: Path, private: bool, commit_mess
             sentence.
     """
 
+    repo_type, sdk = ('space', 'gradio') if is_space else ('model', None)
+
     def is_public() -> bool:
         try:
-            return not api.model_info(repo_id).private
+            return not api.repo_info(repo_id, repo_type=repo_type).private
         except RepositoryNotFoundError:
             return False
 
     def commit():
         # What is there already, maybe by a commit whose answer was lost, is not sent again.
-        if _different(api, repo_id, directory):
-            api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
+        if _different(api, repo_id, repo_type, directory):
+            api.upload_folder(
+                repo_id=repo_id, folder_path=directory, commit_message=commit_message, repo_type=repo_type
+            )
 
     what = f"Push to '{repo_id}'"
     try:
         is_exposed = private and retry(what, is_public)  # which creating it again would not change
         if not is_exposed:
-            url = retry(what, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            url = retry(
+                what,
+                lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk),
+            )
             retry(what, commit)
-            different = retry(what, lambda: _different(api, repo_id, directory))
+            different = retry(what, lambda: _different(api, repo_id, repo_type, directory))
     except Exception as e:
         hint = ''
         if importlib.util.find_spec('hf_xet') is not None and not constants.HF_HUB_DISABLE_XET:

@@ -49,7 +49,7 @@ def find_class(name: str, labels: Sequence[str], descriptions: Sequence[str], op
     raise ValueError(f"'{option}' names no class of the model: {name!r}.{hint}")
 
 
-class _Folder:
+class PictureFolder:
     """The folder of pictures: what an earlier run left in it is replaced, what others did is refused.
 
     Raises:
@@ -106,7 +106,7 @@ def _number(value: float) -> str:
     return f'{value:.3f}' if abs(value) < 1000 else f'{value:.4g}'
 
 
-class _Explainer:
+class Explainer:
     """Evidence of one image after another, as pictures and as what JSON says of it."""
 
     def __init__(self, net: nn.Module, target: Optional[str], contrast: Optional[str]):
@@ -120,6 +120,10 @@ class _Explainer:
         self.contrast = None if contrast is None else find_class(contrast, labels, self.names, 'contrast')
         if self.target is not None and self.target == self.contrast:
             raise ValueError(f"'target' and 'contrast' are both {self.names[self.target]!r}.")
+
+    def probabilities(self, batch: Sequence[ShownImage]) -> torch.Tensor:
+        """Of all classes (B, K), the mean over the views of each image."""
+        return choose_views(self.net, batch)[2]
 
     def __call__(self, batch: Sequence[ShownImage]) -> Iterator[Tuple[Dict[str, Any], Image.Image, Image.Image]]:
         """What is said of each image, its picture, and a small one for the sheet."""
@@ -220,9 +224,9 @@ def run_explain(
     if not sources:
         raise ValueError("'images' are empty: name at least one file, folder or pattern.")
     net = load(model, device, label_names)
-    explainer = _Explainer(net, target, contrast)
+    explainer = Explainer(net, target, contrast)
     read = ImageReader(net, next((p.device for p in net.parameters()), torch.device('cpu')))
-    folder = _Folder(output)
+    folder = PictureFolder(output)
     tiles: List[Tile] = []
     failed = done = 0
     try:
