@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
+import torch
 from report import measure, read_families
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import random_seed
@@ -27,6 +28,8 @@ from torch import nn
 
 from timm_bilinear import BilinearCNN
 from timm_bilinear.hub import save_model
+from timm_bilinear.layers import register_pooling
+from timm_bilinear.layers.pooling.plain import PlainPooling
 from timm_bilinear.tools.finetune import Stage, finetune
 from timm_bilinear.tools.measure import markdown_table
 
@@ -44,31 +47,44 @@ RECIPE = dict(
 )
 
 
+@register_pooling('mean')
+class MeanPooling(PlainPooling):
+    """The mean of the features, as timm's networks classify it, for a head like the others."""
+
+    max_streams = 1
+
+    def __init__(self, in_features, *, device=None, dtype=None):
+        super().__init__()
+        self.num_features = in_features[0]
+
+    def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
+        return a.mean(2)
+
+
 @dataclass(frozen=True)
 class Network:
     """Features to pool.
 
     Args:
-        plain: timm model with average pooling, and its arguments.
-        backbone: The same features' backbone.
+        backbone: timm model.
         stages: Stages for a pooling that takes several; others take the last of them.
         fresh: Beginnings of the names of the layers that do not start from the given weights.
+        whole: What timm's own network is called in the table.
     """
 
-    plain: Tuple[str, Dict[str, Any]]
     backbone: str
     stages: Tuple[int, ...]
     fresh: Tuple[str, ...]
+    whole: str
 
 
 NETWORKS = {
-    'resnet18': Network(
-        ('resnet18', dict(layers=(2, 2, 2, 0), channels=(64, 128, 256, 256))), 'resnet18', (2, 3), ('layer3.',)
-    ),
-    'lite0': Network(('tf_efficientnet_lite0', {}), 'tf_efficientnet_lite0', (3, 4), ()),
+    'resnet18': Network('resnet18', (2, 3), ('layer3.', 'layer4.'), "timm's `resnet18`, with stage 4"),
+    'lite0': Network('tf_efficientnet_lite0', (3, 4), (), "timm's `tf_efficientnet_lite0`"),
 }
 # name in the table and arguments of `bcnn`
 POOLINGS: Tuple[Tuple[str, Dict[str, Any]], ...] = (
+    ('average pooling', dict(pool_type='mean')),
     ('`avg`', dict(pool_type='avg')),
     ('`avg`, proj_dim=128', dict(pool_type='avg', proj_dim=128)),
     ('`avg`, sigme', dict(pool_type='avg', power='sigme')),
@@ -83,13 +99,12 @@ POOLINGS: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('`lowrank`, proj_dim=100', dict(pool_type='lowrank', proj_dim=100)),
     ('`moments`', dict(pool_type='moments')),
 )
-PLAIN = 'average pooling'
 
 
 def _arguments(network: Network, row: str) -> Tuple[str, Dict[str, Any]]:
     """timm model of a row, and its arguments."""
-    if row == PLAIN:
-        return network.plain
+    if row == network.whole:
+        return network.backbone, {}
     args = dict(POOLINGS)[row]
     stages = (
         dict(out_indices_a=network.stages) if args['pool_type'] == 'cross' else dict(out_index_a=network.stages[-1])
@@ -220,7 +235,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=3, help='runs at the chosen rate (default: %(default)s)')
     parser.add_argument('--table', type=Path, help='file for the table')
     args = parser.parse_args()
-    names = [PLAIN, *(name for name, _ in POOLINGS)]
+    names = [name for name, _ in POOLINGS] + ([] if args.frozen else [NETWORKS[args.network].whole])
     chosen = [n for n in names if not args.rows or n in args.rows or n.strip('`') in args.rows]
     if args.seeds < 1 or not chosen:
         parser.error(f'--seeds must be at least 1, --rows among {", ".join(names)}')

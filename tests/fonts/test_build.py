@@ -1,4 +1,5 @@
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import report as report_script
+import timm
 import torch
 from faces import demo_fonts
 from PIL import Image
 from safetensors.torch import load_file
+
+from timm_bilinear.hub import save_model
 
 SCRIPTS = Path(__file__).parents[2] / 'hub' / 'fonts'
 PUBLISHED = SCRIPTS.parent / 'bcnn_resnet18_c4.googlefonts378'
@@ -103,26 +107,30 @@ def test_confusions_of_fonts_that_are_not_there():
 
 def test_compare_and_report(tmp_path, images, monkeypatch, call):
     compare = importlib.import_module('compare')
-    monkeypatch.setattr(compare, 'MODELS', [m for m in compare.MODELS if m[0].endswith('stage 3')])
-    table = tmp_path / 'table.md'
-    args = (images, tmp_path / 'runs', '--epochs', 1, '--seeds', 1, '--start', PUBLISHED, '--table', table)
-    done = call('compare', *args)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
-    assert [row[2] for row in rows] == ['2.8 M']
+    for name, value in (('EPOCHS', 1), ('FROZEN_EPOCHS', 1), ('HEAD_LRS', (1e-3, 1e-2))):
+        monkeypatch.setattr(compare, name, value)
+    file, table = tmp_path / 'runs.json', tmp_path / 'table.md'
+    args = (images, file, 'resnet18', '--start', PUBLISHED, '--seeds', 1, '--table', table)
+    rows = ('--rows', 'average pooling', 'sketch')
+    for frozen in ((), ('--frozen',)):
+        done = call('compare', *args, *rows, *frozen)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
+        assert [line[2] for line in lines] == ['2.78 M', '2.80 M']
+    assert len(json.loads(file.read_text())['runs']) == 2 * 2 * 2
+    before = file.read_bytes()
+    assert call('compare', *args, *rows).returncode == 0 and file.read_bytes() == before
+    monkeypatch.setattr(compare, 'EPOCHS', 2)
+    done = call('compare', *args, *rows)
+    assert done.returncode == 1 and 'made with other settings' in done.stderr
+    assert call('compare', *args[:-3], 0).returncode == 2
 
-    times = {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')}
-    assert call('compare', *args).returncode == 0
-    assert {p: p.stat().st_mtime for p in (tmp_path / 'runs').rglob('*')} == times
-    done = call('compare', images, tmp_path / 'runs', '--epochs', 2, '--seeds', 1)
-    assert done.returncode == 1 and "_0' was made with another epochs, start; give" in done.stderr
-    done = call('compare', images, tmp_path / 'runs', '--seeds', 0)
-    assert done.returncode == 2 and '--seeds must be at least 1' in done.stderr
-
+    names = sorted(p.name for p in (images / 'test').iterdir())
+    net = timm.create_model('bcnn_resnet18_c4', num_classes=len(names))
+    save_model(net, tmp_path / 'run', label_names=names)
     shutil.copy(demo_fonts()['inter'][0].path, tmp_path / 'fonts')  # not among the images
     picture = tmp_path / 'confusions.png'
-    run = tmp_path / 'runs' / 'bcnn_resnet18-to-stage-3_0.01_0'
-    done = call('report', run, tmp_path / 'fonts', images, '--picture', picture)
+    done = call('report', tmp_path / 'run', tmp_path / 'fonts', images, '--picture', picture)
     # ResNet-18 up to stage 3 has 2,782,784 parameters, the descriptor 256 * 257 / 2 numbers
     assert f'6 images of 2 fonts, {2_782_784 + 2 * 32_896 + 2:,} parameters' in done.stdout, done.stderr
     assert '  sentence: ' in done.stdout and Image.open(picture).getbbox()
