@@ -230,3 +230,39 @@ def test_pairs(kwargs, pool_type):
 def test_pairs_of_other_poolings():
     with pytest.raises(ValueError, match="'avg' and 'sum'"):
         explain_pairs(create(pool_type='max', **ONE), images())
+
+
+class Split(nn.Module):
+    """A model whose last feature map is what a module gives, for hooks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.map = model, nn.Identity()
+
+    def forward(self, x):
+        return self.model.forward_head(self.map(self.model.forward_features(x)))
+
+
+def raw_map(model, x, target):
+    """Feature times gradient, by location, of the package grad-cam before it cuts off what is negative."""
+    cams = pytest.importorskip('pytorch_grad_cam')
+    split = Split(model)
+    cam = cams.HiResCAM(split, [split.map])
+    cam(x, [lambda logits: logits[target]] * len(x))
+    hooks = cam.activations_and_grads
+    (activations,), (gradients,) = hooks.activations, hooks.gradients
+    return torch.from_numpy(cam.get_cam_image(x, split.map, None, activations.numpy(), gradients.numpy(), False))
+
+
+def test_feature_times_gradient_sums_to_nothing():
+    """As the logits of unit-length descriptors do not change with the scale of the features; the evidence does not."""
+    net, x = create(**ONE), images()
+    nn.init.normal_(net.head.fc.weight)
+    theirs, ours = raw_map(net, x, 2).double(), timm_bilinear.explain(net, x, 2).maps.double()
+    assert (theirs.sum((1, 2)).abs() < 1e-3 * theirs.abs().sum((1, 2))).all()
+    assert (ours.sum((1, 2)).abs() > 1e-2 * ours.abs().sum((1, 2))).all()
+
+
+def test_hirescam_is_the_map_of_a_network_that_classifies_the_mean():
+    net, x = timm.create_model('test_resnet', num_classes=5).eval(), images()
+    torch.testing.assert_close(raw_map(net, x, 2), timm_bilinear.explain(net, x, 2).maps, rtol=1e-4, atol=1e-6)

@@ -80,7 +80,8 @@ class Looker:
         try:
             shown = self.read(Source(Path(picture).name, picture))
         except Exception as e:
-            return Sight(f'This is no picture that can be read: {one_line(e)}')
+            why = one_line(e).replace(str(picture), Path(picture).name)  # where it lies here is nobody's business
+            return Sight(f'This is no picture that can be read: {why}')
         with self._lock:
             probabilities, best, evidence, note = self._explain(shown, contrast)
             sentence = f'{self.names[best]}, {100 * probabilities[best]:.1f} %.{note}'
