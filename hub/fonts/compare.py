@@ -34,7 +34,7 @@ from timm_bilinear.tools.finetune import Stage, finetune
 from timm_bilinear.tools.measure import markdown_table
 
 SIZE = 112  # of the images that are trained on, and of a view
-HEAD_LRS = (1e-3, 3e-3, 1e-2, 3e-2)
+HEAD_LRS = (3e-3, 1e-2, 3e-2, 1e-1)
 STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
 EPOCHS, FROZEN_EPOCHS = 8, 40
 BATCH_SIZE = 32
