@@ -40,7 +40,7 @@ model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 
 (result,) = timm_bilinear.predict(model, 'image.jpg')  # a photo or screenshot of any shape, looked at in several scales
 for prediction in result['predictions']:
-    print(f"{{prediction['name']}}: {{100 * prediction['probability']:.1f}} %")
+    print(f'{{prediction["name"]}}: {{100 * prediction["probability"]:.1f}} %')
 """
 _COMPUTE = """
 with torch.inference_mode():
