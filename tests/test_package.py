@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Where the name of an import is not that of its distribution.
 DISTRIBUTIONS = {'PIL': 'pillow', 'yaml': 'pyyaml', 'huggingface_hub': 'huggingface-hub'}
 # Used where it is there: triton comes with torch for GPUs, scipy is the 'cars' extra.
-OPTIONAL = {'triton', 'scipy', 'onnx', 'onnxruntime'}
+OPTIONAL = {'triton', 'scipy', 'onnx', 'onnxruntime', 'faiss', 'gradio'}
 
 _SMOKE = """
 import sys

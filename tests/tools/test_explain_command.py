@@ -1,6 +1,7 @@
 """The explain command, as a user runs it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_contrast(model, pictures, tmp_path):
 
 def test_turned_upright(model, pictures, tmp_path):
     """A photo whose EXIF says how it is to be turned is explained as it is seen."""
-    image = Image.open(pictures / '0.png')
+    with Image.open(pictures / '0.png') as file:
+        image = file.copy()
     turned = image.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 270 degrees anticlockwise
@@ -104,7 +106,7 @@ def test_run_again(model, pictures, tmp_path):
 
 def test_images_of_one_name_and_what_is_none(model, pictures, tmp_path, capsys):
     (tmp_path / 'a').mkdir()
-    Image.open(pictures / '0.png').save(tmp_path / 'a' / '0.png')
+    shutil.copy(pictures / '0.png', tmp_path / 'a' / '0.png')
     (tmp_path / 'a' / 'broken.png').write_bytes(b'no image')
     images = [pictures / '0.png', tmp_path / 'a' / '0.png', tmp_path / 'a' / 'broken.png', tmp_path / 'none.png']
     assert run(model, *images, '--output', tmp_path / 'out', code=1) == 1
