@@ -78,6 +78,15 @@ def test_every_image_finds_itself(model, pictures, tmp_path):
             assert scores == sorted(scores, reverse=True)
 
 
+def test_others_may_read_it(model, pictures, tmp_path):
+    timm_bilinear.index_images(model, pictures, tmp_path / 'i', dim=8)
+    (tmp_path / 'plain').touch()
+    assert (tmp_path / 'i').stat().st_mode == (tmp_path / 'plain').stat().st_mode
+    (tmp_path / 'i').chmod(0o640)
+    timm_bilinear.index_images(model, pictures, tmp_path / 'i')
+    assert (tmp_path / 'i').stat().st_mode & 0o777 == 0o640
+
+
 def count_described(monkeypatch):
     seen, describe = [], index_module.describe
 

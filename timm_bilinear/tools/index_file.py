@@ -76,10 +76,13 @@ class ImageIndex:
         )
         about = dict(self.about, label_names=names, **self.reduction.settings())
         with partial_path(file.parent, f'.{file.name[:50]}.', '.partial') as partial:
+            partial.touch()
+            mode = (file if file.exists() else partial).stat().st_mode & 0o7777  # safetensors lets nobody else read
             try:
                 save_file(tensors, partial, metadata=dict(format=_FORMAT, about=json.dumps(about)))
             except SafetensorError as e:
                 raise OSError(f"Cannot write '{file}': {e}.") from e
+            partial.chmod(mode)
             partial.replace(file)
 
     @classmethod
