@@ -1,7 +1,9 @@
 """Train every pooling by one recipe, with several seeds, on one network's features, and write the table.
 
-    python hub/fonts/compare.py images runs.json resnet18 --start hub/FOLDER --table table.md
-    python hub/fonts/compare.py images runs.json lite0 --start tf_efficientnet_lite0 --frozen --table table.md
+    python hub/fonts/build.py unseen25 --npm $(python hub/fonts/compare.py --families)     # 25 families not trained on
+    python hub/fonts/build.py unseen25 img50 --select '*-latin-[47]00-normal*' --train 60 --val 20 --test 10 --size 112
+    python hub/fonts/compare.py img50 hub/fonts/compare.json resnet18 --start hub/FOLDER --table table.md
+    python hub/fonts/compare.py img50 hub/fonts/compare.json lite0 --start tf_efficientnet_lite0 --frozen --table table.md
 
 The folder of images is one of build.py's: validation chooses the learning rate of the head, for each row alike, and the
 epoch; the test is of another renderer. `--start` is the folder of a model, whose layers below the last stage are taken
@@ -33,8 +35,14 @@ from timm_bilinear.layers.pooling.plain import PlainPooling
 from timm_bilinear.tools.finetune import Stage, finetune
 from timm_bilinear.tools.measure import markdown_table
 
+# Google Fonts families that are not among those of GoogleFontsBench and have the weights 400 and 700.
+FAMILIES = (
+    'alegreya archivo arvo barlow bitter cabin cardo cinzel comfortaa cormorant-garamond crimson-text dancing-script '
+    'dosis eb-garamond exo-2 fira-sans heebo hind ibm-plex-sans ibm-plex-serif inconsolata josefin-sans kanit karla '
+    'lato'
+).split()
 SIZE = 112  # of the images that are trained on, and of a view
-HEAD_LRS = (3e-3, 1e-2, 3e-2, 1e-1)
+HEAD_LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
 EPOCHS, FROZEN_EPOCHS = 8, 40
 BATCH_SIZE = 32
@@ -226,15 +234,21 @@ def _table(rows: Dict[str, Tuple[float, List[Dict[str, Any]]]]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', type=Path, help='folder rendered by build.py')
-    parser.add_argument('runs', type=Path, help='JSON file for the results')
-    parser.add_argument('network', choices=NETWORKS, help='features to pool')
-    parser.add_argument('--start', type=Path, required=True, help='folder of a model that the features start from')
+    parser.add_argument('images', type=Path, nargs='?', help='folder rendered by build.py')
+    parser.add_argument('runs', type=Path, nargs='?', help='JSON file for the results')
+    parser.add_argument('network', nargs='?', choices=NETWORKS, help='features to pool')
+    parser.add_argument('--families', action='store_true', help='only name families to compare on')
+    parser.add_argument('--start', type=Path, help='folder of a model that the features start from')
     parser.add_argument('--frozen', action='store_true', help='train the head alone')
     parser.add_argument('--rows', nargs='+', help='poolings (default: all)')
     parser.add_argument('--seeds', type=int, default=3, help='runs at the chosen rate (default: %(default)s)')
     parser.add_argument('--table', type=Path, help='file for the table')
     args = parser.parse_args()
+    if args.families:
+        print(' '.join(FAMILIES))
+        return
+    if args.network is None or args.start is None:
+        parser.error('images, a file for runs, a network and --start are needed')
     names = [name for name, _ in POOLINGS] + ([] if args.frozen else [NETWORKS[args.network].whole])
     chosen = [n for n in names if not args.rows or n in args.rows or n.strip('`') in args.rows]
     if args.seeds < 1 or not chosen:
