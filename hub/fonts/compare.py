@@ -3,7 +3,7 @@
     python hub/fonts/build.py unseen25 --npm $(python hub/fonts/compare.py --families)     # 25 families not trained on
     python hub/fonts/build.py unseen25 img50 --select '*-latin-[47]00-normal*' --train 60 --val 20 --test 10 --size 112
     python hub/fonts/compare.py img50 hub/fonts/compare.json resnet18 --start hub/FOLDER --table table.md
-    python hub/fonts/compare.py img50 hub/fonts/compare.json lite0 --start tf_efficientnet_lite0 --frozen --table table.md
+    python hub/fonts/compare.py img50 hub/fonts/compare.json lite0 --start lite0 --frozen --table table.md
 
 The folder of images is one of build.py's: validation chooses the learning rate of the head, for each row alike, and the
 epoch; the test is of another renderer. `--start` is the folder of a model, whose layers below the last stage are taken
