@@ -134,3 +134,20 @@ def test_errors(model, pictures, tmp_path, args, message):
 def test_model_without_such_a_sum(pictures, tmp_path):
     save_model(timm.create_model('test_vit', num_classes=5), tmp_path / 'model')
     assert 'test_vit' in run(tmp_path / 'model', pictures, '--output', tmp_path / 'out', code=1)
+
+
+def test_the_class_that_all_views_together_name(tmp_path):
+    """The view that is explained may name another; with a random network some of these do."""
+    torch.manual_seed(0)
+    net = timm.create_model('bcnn', **ONE)
+    torch.nn.init.normal_(net.head.fc.weight)
+    config = dict(input_size=(3, 96, 96), crop_mode='border', crop_pct=1.0)
+    save_model(net, tmp_path / 'model', label_names=NAMES, data_config=config)
+    (tmp_path / 'pictures').mkdir()
+    for i in range(24):
+        values = np.random.default_rng(i).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+        Image.fromarray(values).resize((640, 360)).save(tmp_path / 'pictures' / f'{i}.png')
+    run(tmp_path / 'model', tmp_path / 'pictures', '--output', tmp_path / 'out', '--json', tmp_path / 'j')
+    told = json.loads((tmp_path / 'j').read_text())
+    said = predict(str(tmp_path / 'model'), str(tmp_path / 'pictures'), amp='float32')
+    assert [t['target']['name'] for t in told] == [s['predictions'][0]['name'] for s in said]

@@ -121,15 +121,20 @@ class Explainer:
         if self.target is not None and self.target == self.contrast:
             raise ValueError(f"'target' and 'contrast' are both {self.names[self.target]!r}.")
 
-    def probabilities(self, batch: Sequence[ShownImage]) -> torch.Tensor:
-        """Of all classes (B, K), the mean over the views of each image."""
-        return choose_views(self.net, batch)[2]
+    def __call__(
+        self, batch: Sequence[ShownImage], chosen: Optional[Tuple[torch.Tensor, List[Box], torch.Tensor]] = None
+    ) -> Iterator[Tuple[Dict[str, Any], Image.Image, Image.Image]]:
+        """What is said of each image, its picture, and a small one for the sheet.
 
-    def __call__(self, batch: Sequence[ShownImage]) -> Iterator[Tuple[Dict[str, Any], Image.Image, Image.Image]]:
-        """What is said of each image, its picture, and a small one for the sheet."""
-        pixels, boxes, probabilities = choose_views(self.net, batch)
+        Args:
+            batch: Images.
+            chosen: What `choose_views` gave for them, if that is known already.
+        """
+        pixels, boxes, probabilities = choose_views(self.net, batch) if chosen is None else chosen
+        # by all views, as `predict` says it; the one that is explained may be of another opinion
+        target = probabilities.argmax(1) if self.target is None else self.target
         with torch.inference_mode(False):
-            one = explain(self.net, pixels, self.target)
+            one = explain(self.net, pixels, target)
             other = None if self.contrast is None else explain(self.net, pixels, self.contrast)
         for i, shown in enumerate(batch):
             told = self._tell(shown, boxes[i], one, i, probabilities)

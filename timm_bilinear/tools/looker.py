@@ -16,7 +16,7 @@ from .index import check_same_model, model_key
 from .index_file import ImageIndex
 from .inference import load, model_name
 from .prediction import Source, one_line
-from .shown_images import ImageReader
+from .shown_images import ImageReader, choose_views
 from .vectors import describe
 
 __all__ = ['Looker', 'Sight']
@@ -91,14 +91,14 @@ class Looker:
 
     def _explain(self, shown: Any, contrast: Optional[str]) -> Tuple[torch.Tensor, int, Optional[Image.Image], str]:
         explainer = Explainer(self.net, None, contrast or None)
-        probabilities = explainer.probabilities([shown])[0]
+        chosen = choose_views(self.net, [shown])
+        probabilities = chosen[2][0]
         best = int(probabilities.argmax())
         note = ''
         if explainer.contrast == best:
             explainer.contrast, note = None, ' It is the class that it was to be compared with.'
-        explainer.target = best
         try:
-            _, picture, _ = next(iter(explainer([shown])))
+            _, picture, _ = next(iter(explainer([shown], chosen)))
         except ValueError as e:  # a model whose logits are no sum over locations
             return probabilities, best, None, f' {one_line(e)}'
         return probabilities, best, picture, note
