@@ -74,12 +74,13 @@ class ImageIndex:
             times=torch.tensor([row.time for row in self.rows], dtype=torch.int64),
             **self.reduction.tensors(),
         )
-        about = dict(self.about, label_names=names, **self.reduction.settings())
+        # one entry, since safetensors writes several in the order of a hash table, another in each process
+        about = json.dumps(dict(self.about, format=_FORMAT, label_names=names, **self.reduction.settings()))
         with partial_path(file.parent, f'.{file.name[:50]}.', '.partial') as partial:
             partial.touch()
             mode = (file if file.exists() else partial).stat().st_mode & 0o7777  # safetensors lets nobody else read
             try:
-                save_file(tensors, partial, metadata=dict(format=_FORMAT, about=json.dumps(about)))
+                save_file(tensors, partial, metadata=dict(about=about))
             except SafetensorError as e:
                 raise OSError(f"Cannot write '{file}': {e}.") from e
             partial.chmod(mode)
@@ -98,10 +99,9 @@ class ImageIndex:
             raise FileNotFoundError(f"There is no index '{file}'.")
         try:
             with safe_open(file, 'pt') as f:
-                told = f.metadata() or {}
-                if told.get('format') != _FORMAT:
+                about = json.loads((f.metadata() or {}).get('about', '{}'))
+                if not isinstance(about, dict) or about.pop('format', None) != _FORMAT:
                     raise ValueError('it is no index of images')
-                about = json.loads(told['about'])
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, ValueError, KeyError, OSError) as e:
             raise ValueError(f"'{file}' is no index of timm-bilinear: {e}.") from e
