@@ -18,11 +18,13 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
+from frozen_features import Features, compute_features, train_head
 from report import measure, read_families
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import random_seed
@@ -42,7 +44,8 @@ FAMILIES = (
     'lato'
 ).split()
 SIZE = 112  # of the images that are trained on, and of a view
-HEAD_LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HEAD_LRS = (1e-3, 1e-2, 1e-1)  # of AdamW, with the streams
+FROZEN_LRS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of SGD with momentum, whose steps cost the same for every descriptor
 STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
 EPOCHS, FROZEN_EPOCHS = 8, 40
 BATCH_SIZE = 32
@@ -90,6 +93,14 @@ NETWORKS = {
     'resnet18': Network('resnet18', (2, 3), ('layer3.', 'layer4.'), "timm's `resnet18`, with stage 4"),
     'lite0': Network('tf_efficientnet_lite0', (3, 4), (), "timm's `tf_efficientnet_lite0`"),
 }
+DATA_CONFIG = dict(
+    input_size=(3, SIZE, SIZE),
+    interpolation='bicubic',
+    crop_pct=1.0,
+    crop_mode='border',
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+)
 # name in the table and arguments of `bcnn`
 POOLINGS: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('average pooling', dict(pool_type='mean')),
@@ -125,11 +136,10 @@ def _start_weights(folder: Path) -> Dict[str, Any]:
     return (net.stream_a if isinstance(net, BilinearCNN) else net).state_dict()
 
 
-def save_start(folder: Path, network: Network, row: str, num_classes: int, seed: int, start: Path, frozen: bool):
-    """Save the model that a run starts from.
+def create_start(network: Network, row: str, num_classes: int, seed: int, start: Path, frozen: bool) -> nn.Module:
+    """Create the model that a run starts from.
 
     Args:
-        folder: New folder for it.
         network: Features.
         row: Row of the table.
         num_classes: Number of classes.
@@ -150,18 +160,17 @@ def save_start(folder: Path, network: Network, row: str, num_classes: int, seed:
     if any(k not in weights or weights[k].shape != v.shape for k, v in wanted.items()):
         raise ValueError(f"'{start}' has other layers than the features of '{row}'.")
     features.load_state_dict({k: weights[k] for k in wanted}, strict=False)
-    config = dict(input_size=(3, SIZE, SIZE), interpolation='bicubic', crop_pct=1.0, crop_mode='border')
-    save_model(net, folder, data_config=dict(config, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD))
+    return net
 
 
-def run(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path, frozen: bool) -> Dict[str, Any]:
-    """Train and measure: top-1 in percent on validation and test, CPU seconds of training, trained parameters."""
+def run(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path) -> Dict[str, Any]:
+    """Train and measure: top-1 in percent on validation and test, CPU seconds of training, parameters."""
     num_classes = sum(p.is_dir() for p in (images / 'train').iterdir())
-    lr = 0.0 if frozen else STREAM_LRS[key]
-    stage = Stage(FROZEN_EPOCHS if frozen else EPOCHS, 'adamw', lr=lr, head_lr=head_lr, weight_decay=0.05)
+    stage = Stage(EPOCHS, 'adamw', lr=STREAM_LRS[key], head_lr=head_lr, weight_decay=0.05)
     with tempfile.TemporaryDirectory() as folder:
         fresh, output = Path(folder) / 'start', Path(folder) / 'run'
-        save_start(fresh, NETWORKS[key], row, num_classes, seed, start, frozen)
+        net = create_start(NETWORKS[key], row, num_classes, seed, start, frozen=False)
+        save_model(net, fresh, data_config=DATA_CONFIG)
         began = sum(os.times()[:4])  # of this process and the loader's
         done = finetune(
             images,
@@ -181,6 +190,37 @@ def run(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path
         test_families=report.family_top1,
         seconds=round(seconds, 1),
         parameters=report.parameters,
+    )
+
+
+@lru_cache(maxsize=2)
+def _frozen_features(images: Path, key: str, stages: Tuple[int, ...], start: Path) -> Dict[str, Features]:
+    row = '`cross`, two stages' if len(stages) > 1 else '`avg`'
+    net = create_start(NETWORKS[key], row, 1, 0, start, frozen=True)
+    net.pretrained_cfg = dict(net.pretrained_cfg, **DATA_CONFIG)
+    return compute_features(net, images)
+
+
+def run_frozen(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path) -> Dict[str, Any]:
+    """As `run`, with the head alone; the seconds do not have the features in them, which all runs share."""
+    network = NETWORKS[key]
+    stages = network.stages if 'cross' in row else network.stages[-1:]
+    features = _frozen_features(images, key, stages, start)
+    names = sorted(p.name for p in (images / 'train').iterdir())
+    net = create_start(network, row, len(names), seed, start, frozen=True)
+    result = train_head(net.head, features, head_lr, FROZEN_EPOCHS, BATCH_SIZE, seed)
+    families = read_families(images)
+    found = [(names[i], names[j]) for i, j in zip(result.predictions.tolist(), features['test'].targets.tolist())]
+
+    def percent(right: List[bool]) -> float:
+        return 100 * sum(right) / max(len(right), 1)
+
+    return dict(
+        val=result.val_top1,
+        test=percent([a == b for a, b in found]),
+        test_families=percent([families[a] == families[b] for a, b in found]),
+        seconds=round(result.seconds, 1),
+        parameters=sum(p.numel() for p in net.head.parameters()),
     )
 
 
@@ -206,6 +246,8 @@ class Runs:
         return self.content['runs'].get(name)
 
     def add(self, name: str, result: Dict[str, Any]):
+        if self.file.is_file():  # another process may have added to it
+            self.content = json.loads(self.file.read_text())
         self.content['runs'][name] = result
         partial = self.file.with_suffix('.partial')
         partial.write_text(json.dumps(self.content, indent=1, sort_keys=True) + '\n')
@@ -256,16 +298,18 @@ def main():
     try:
         runs = Runs(args.runs, dict(recipe=RECIPE, epochs=EPOCHS, frozen_epochs=FROZEN_EPOCHS, images=args.images.name))
 
+        train = run_frozen if args.frozen else run
+
         def result(row: str, head_lr: float, seed: int) -> Dict[str, Any]:
             name = f'{args.network}{", frozen" * args.frozen}, {row}, {head_lr:g}, seed {seed}'
             if runs.get(name) is None:
-                runs.add(name, run(args.images, args.network, row, head_lr, seed, args.start, args.frozen))
+                runs.add(name, train(args.images, args.network, row, head_lr, seed, args.start))
                 print(name, runs.get(name), flush=True)
             return runs.get(name)
 
         rows = {}
         for row in chosen:
-            best = max(HEAD_LRS, key=lambda head_lr: result(row, head_lr, 0)['val'])
+            best = max(FROZEN_LRS if args.frozen else HEAD_LRS, key=lambda head_lr: result(row, head_lr, 0)['val'])
             rows[row] = best, [result(row, best, seed) for seed in range(args.seeds)]
         table = _table(rows)
         print(table)

@@ -18,7 +18,7 @@ def take_kernels(monkeypatch):
         # a quarter of the interpreter's time, for checks whose outcome it drops
         monkeypatch.setattr(TritonSemantic, 'binary_op_sanitize_overflow_impl', lambda *args: None)
         monkeypatch.setattr(library, '_path', lambda x: kernels)
-        monkeypatch.setattr(ops, '_is_fast', lambda a, pool: True)
+        monkeypatch.setattr(ops, '_is_fast', lambda a: True)
     monkeypatch.setattr(reference, 'bilinear_pool', None)
     with torch.device('cuda') if torch.cuda.is_available() else nullcontext():
         yield

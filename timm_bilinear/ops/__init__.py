@@ -140,7 +140,7 @@ def _has_kernels(index: int) -> bool:
     return why is None
 
 
-def _is_fast(a: torch.Tensor, pool: str) -> bool:
+def _is_fast(a: torch.Tensor) -> bool:
     """Whether a fast path takes this call.
 
     The reference, made of PyTorch's ops alone, takes graphs that leave PyTorch, tensors that are more than one
@@ -152,7 +152,7 @@ def _is_fast(a: torch.Tensor, pool: str) -> bool:
         return False
     if a.device.type == 'cuda':
         return a.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_kernels(a.device.index)
-    return a.device.type == 'cpu' and pool != 'max'
+    return a.device.type == 'cpu'
 
 
 def _streams(a: torch.Tensor, b: Optional[torch.Tensor]) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
@@ -197,7 +197,7 @@ def bilinear_pool(
     dtype = autocast_dtype(a.device.type) or a.dtype
     with without_autocast(a.device.type):
         a, b = _streams(a, b)
-        if _is_fast(a, pool):
+        if _is_fast(a):
             y, *_ = library.bilinear_pool(a, b, pool, eps)
             y = y.to(reference.compute_dtype(y.dtype))
             return (y / reference.norm(y)).to(dtype)
@@ -242,7 +242,7 @@ def bilinear_classify(
     dtype = autocast_dtype(a.device.type) or a.dtype
     with without_autocast(a.device.type):
         a, b = _streams(a, b)
-        if _is_fast(a, pool):
+        if _is_fast(a):
             logits, *_ = library.bilinear_classify(a, b, weight, bias, pool, eps, recompute)
             return logits.to(dtype)
         return reference.bilinear_classify(a, b, weight, bias, pool, eps).to(dtype)

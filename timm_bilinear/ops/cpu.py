@@ -1,108 +1,163 @@
-"""The CPU path of average and sum pooling: from features to unnormalised packed descriptors, to logits, and back.
+"""The CPU path: from features to unnormalised packed descriptors, to logits, and back.
 
-Image by image, so that everything between the features and the packed descriptor stays in the core's cache:
-
-    forward     Z = A Bf^T / N               symmetric: blocks of rows right of the diagonal, gathered into place
+    forward     Z = A Bf^T / N, or the largest product of each pair for 'max'
                 Y = sign(Z) (sqrt(|Z| + eps) - sqrt(eps))
     backward    dZ = dY / (2 (|Y| + sqrt(eps))), 0 where Y = 0
                 dA = (dZ + dZ^T) A / N       symmetric
                 dA = dZ Bf / N, dBf = dZ^T A / N
 
 Packed off-diagonals are sqrt(2) Y = sqrt(2 |Z| + 2 eps) - sqrt(2 eps): the same formulas with 2 Z and 2 eps for Z and
-eps. So the whole packed vector is treated as off-diagonal and the C entries of the diagonal are put right.
+eps. So the whole packed vector is treated as off-diagonal, and constants put the C entries of the diagonal right.
+
+Images are taken in groups that the cache holds, and each operator takes a group: few of them, since at the end of each
+the threads wait for the one that the operating system has stopped, and that is often where the cores are shared.
 """
 
 import math
 from functools import lru_cache
-from typing import List, Optional, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 import torch
 
 from .._compat import mkldnn_linear
+from . import maximum, memory
 from .packing import packed_size, triangle_indices
 from .reference import compute_dtype
 
 __all__ = ['backward', 'classify', 'classify_backward', 'forward', 'linear']
 
-# Rows of a block of the triangle: smaller ones skip more of the product, larger ones multiply faster.
-_BLOCK = 128
+_GROUP = 2**21  # entries of the descriptors of a group: 8 MiB in float32
+# Rows of a block of the triangle: smaller ones skip more of the product, larger ones are fewer.
+_BLOCK = 256
+
+
+_LARGE = 2**20  # entries of an operand from which on oneDNN's products take less time than it takes to call them
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T for 2-D tensors.
 
-    In float32 by oneDNN, which uses AVX-512 on every vendor's cores; the BLAS behind torch.mm does not, and takes more
-    than twice as long on AMD's.
+    Large ones in float32 by oneDNN, which uses AVX-512 on every vendor's cores; the BLAS behind torch.mm does not, and
+    takes more than twice as long on AMD's.
     """
-    if x.dtype == torch.float32 and mkldnn_linear is not None and torch.backends.mkldnn.enabled:
+    is_large = max(x.numel(), weight.numel()) >= _LARGE
+    if is_large and x.dtype == torch.float32 and mkldnn_linear is not None and torch.backends.mkldnn.enabled:
         return mkldnn_linear(x, weight, None, 'none', [], '')
-    return x @ weight.t()
+    return torch.mm(x, weight.t())
 
 
-def _image(x: torch.Tensor, i: int, scale: float) -> torch.Tensor:
-    """Features of image i as a contiguous (C, N) matrix in the compute dtype."""
-    x = x[i].to(compute_dtype(x.dtype)).contiguous()
-    return x / scale if scale != 1.0 else x
-
-
+@lru_cache(maxsize=256)
 def _root(eps: float, dtype: torch.dtype) -> float:
     """sqrt(eps) exactly as the vectorised root gives it, so that sqrt(0 + eps) - sqrt(eps) is 0."""
-    return torch.full((16,), eps, dtype=dtype).sqrt_()[0].item()
+    with torch.inference_mode(False):
+        return torch.full((16,), eps, dtype=dtype).sqrt_()[0].item()
 
 
-def _forward_image(a: torch.Tensor, b: Optional[torch.Tensor], y: torch.Tensor, divisor: float, eps: float):
-    """Descriptor of one image, written to y (D,); a (Ca, N), b (Cb, N)."""
-    if b is None:
-        channels = a.shape[0]
-        _, _, diagonal = triangle_indices(channels, a.device)
-        start = 0
-        for row in range(0, channels, _BLOCK):
-            z = linear(a[row : row + _BLOCK], a[row:])
-            end = start + packed_size(channels - row) - packed_size(max(0, channels - row - _BLOCK))
-            torch.index_select(z.view(-1), 0, _block_index(channels, row, a.device), out=y[start:end])
-            start = end
-        factor = 2.0
+@lru_cache(maxsize=64)
+def _block_index(channels: int, row: int) -> torch.Tensor:
+    """Places, in the flat product of a block of rows with all channels from `row` on, of its upper triangle."""
+    with torch.inference_mode(False):
+        height, width = min(_BLOCK, channels - row), channels - row
+        i, j = torch.triu_indices(height, width)
+        return i * width + j
+
+
+@lru_cache(maxsize=16)
+def _diagonal_row(channels: int, diagonal: float, off_diagonal: float, dtype: torch.dtype) -> torch.Tensor:
+    """Constants of a packed descriptor, (D,)."""
+    with torch.inference_mode(False):
+        _, _, places = triangle_indices(channels, torch.device('cpu'))
+        return torch.full((packed_size(channels),), off_diagonal, dtype=dtype).index_fill_(0, places, diagonal)
+
+
+def _multiply_triangle(a: torch.Tensor, factor: float, y: torch.Tensor):
+    """Upper triangle of factor * A A^T, packed, written to y (G, D); a (G, C, N)."""
+    channels, start = a.shape[1], 0
+    for row in range(0, channels, _BLOCK):
+        left, right = a[:, row : row + _BLOCK], a[:, row:].transpose(1, 2)
+        z = a.new_empty(len(a), left.shape[1], right.shape[2])
+        torch.baddbmm(z, left, right, beta=0, alpha=factor, out=z)
+        places = _block_index(channels, row)
+        end = start + len(places)
+        torch.gather(z.flatten(1), 1, places.expand(len(a), -1), out=y[:, start:end])
+        start = end
+
+
+def _multiply(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, factor: float, y: torch.Tensor):
+    """Pooled products times a factor, packed if there is no b, written to y (G, D); a (G, Ca, N), b (G, Cb, N)."""
+    if pool == 'max':
+        z, _ = maximum.products(a, b)
+        z = z.flatten(1)
+        if b is None:
+            torch.gather(z, 1, triangle_indices(a.shape[1], a.device)[0].expand(len(a), -1), out=y)
+        else:
+            y.copy_(z)
+        y.mul_(factor)
+    elif b is None:
+        _multiply_triangle(a, factor, y)
     else:
-        diagonal = None
-        y.copy_(linear(a, b).view(-1))
-        factor = 1.0
-    root = _root(factor * eps, y.dtype)
-    magnitude = y.abs().mul_(factor / divisor).add_(factor * eps).sqrt_().sub_(root)
-    torch.copysign(magnitude, y, out=y)
-    if diagonal is not None:
+        z = y.unflatten(1, (a.shape[1], b.shape[1]))
+        torch.baddbmm(z, a, b.transpose(1, 2), beta=0, alpha=factor, out=z)
+
+
+def _describe(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, eps: float, y: torch.Tensor):
+    """Descriptors of a group, written to y (G, D); a (G, Ca, N), b (G, Cb, N), contiguous, in the compute dtype."""
+    pairs = 2.0 if b is None else 1.0
+    _multiply(a, b, pool, pairs / _divisor(a, pool), y)
+    root = y.abs().add_(pairs * eps).sqrt_().sub_(_root(pairs * eps, y.dtype))
+    torch.copysign(root, y, out=y)
+    if b is None:
         # sqrt(z + eps) - sqrt(eps) is sqrt(2z + 2eps) - sqrt(2eps) over sqrt(2)
-        y.index_copy_(0, diagonal, y[diagonal] * 0.5**0.5)
+        y.mul_(_diagonal_row(a.shape[1], 0.5**0.5, 1.0, y.dtype))
 
 
-def _backward_image(
+def _divisor(a: torch.Tensor, pool: str) -> int:
+    return a.shape[2] if pool == 'avg' else 1
+
+
+def _gradients(
     grad: torch.Tensor,
     y: torch.Tensor,
     a: torch.Tensor,
     b: Optional[torch.Tensor],
-    divisor: float,
+    pool: str,
     eps: float,
-) -> Tuple[torch.Tensor, ...]:
-    """Gradients of one image's features, (Ca, N) and (Cb, N), from that of its descriptor, grad (D,)."""
+    outs: List[torch.Tensor],
+):
+    """Gradients of a group's features, written to outs, from those of its descriptors, grad (G, D)."""
+    alpha = 1.0 / _divisor(a, pool)
     if b is None:
-        _, place, diagonal = triangle_indices(a.shape[0], a.device)
-        slope = y.abs().add_(_root(2 * eps, y.dtype))
-        # (dZ + dZ^T)_ii = 2 dY / (2 (Y + sqrt(eps)))
-        slope.index_copy_(0, diagonal, y[diagonal].abs_().add_(_root(eps, y.dtype)))
-        dz = torch.div(grad, slope, out=slope).masked_fill_(y == 0, 0).div_(divisor)
-        dz = dz.index_select(0, place).view(a.shape[0], a.shape[0])
-        return (linear(dz, a.t()),)
-    slope = y.abs().add_(_root(eps, y.dtype)).mul_(2 * divisor)
-    dz = torch.div(grad, slope, out=slope).masked_fill_(y == 0, 0).view(a.shape[0], b.shape[0])
-    return linear(dz, b.t()), linear(dz.t(), a.t())
+        # (dZ + dZ^T)_ii = 2 dY / (2 (|Y| + sqrt(eps)))
+        roots = _diagonal_row(a.shape[1], _root(eps, y.dtype), _root(2 * eps, y.dtype), y.dtype)
+    else:
+        roots, alpha = _root(eps, y.dtype), 0.5 * alpha
+    slope = y.abs().add_(roots)
+    dz = torch.div(grad, slope, out=slope).masked_fill_(y == 0, 0)
+    if b is None:
+        _, place, _ = triangle_indices(a.shape[1], a.device)
+        dz = dz.gather(1, place.expand(len(a), -1))
+    dz = dz.unflatten(1, (a.shape[1], -1))
+    if pool == 'max':
+        for out, x in zip(outs, maximum.gradients(dz, a, b)):
+            torch.mul(x, alpha, out=out)
+        return
+    torch.baddbmm(outs[0], dz, a if b is None else b, beta=0, alpha=alpha, out=outs[0])
+    if b is not None:
+        torch.baddbmm(outs[1], dz.transpose(1, 2), a, beta=0, alpha=alpha, out=outs[1])
 
 
-@lru_cache(maxsize=64)
-def _block_index(channels: int, row: int, device: torch.device) -> torch.Tensor:
-    """Places, in the flat product of a block of rows with all channels from `row` on, of its upper triangle."""
-    with torch.inference_mode(False):
-        height, width = min(_BLOCK, channels - row), channels - row
-        i, j = torch.triu_indices(height, width, device=device)
-        return i * width + j
+def _groups(batch: int, size: int) -> Iterator[slice]:
+    """The images of a batch in groups, of descriptors of `size` entries."""
+    images = max(1, _GROUP // size)
+    return (slice(start, min(start + images, batch)) for start in range(0, batch, images))
+
+
+def _load(x: Optional[torch.Tensor], images: slice, scale: float = 1.0) -> Optional[torch.Tensor]:
+    """Features of some images, contiguous and in the compute dtype."""
+    if x is None:
+        return None
+    x = x[images].to(compute_dtype(x.dtype)).contiguous()
+    return x if scale == 1.0 else x / scale
 
 
 def _largest(x: torch.Tensor, i: int) -> float:
@@ -120,34 +175,28 @@ def forward(
     Args:
         a: (B, Ca, N) features, any strides, any floating-point dtype.
         b: (B, Cb, N) features of the second stream, or None for the symmetric, packed case.
-        pool: 'avg' or 'sum'.
+        pool: 'avg', 'sum' or 'max'.
         eps: Offset under the root.
 
     Returns:
         Tuple, in the compute dtype: y (B, D); its norms (B,), at least 1e-12; scale (B, 2), 1 but where features are
         too large to be multiplied: those of a and b were divided by it, and so y by the root of its product.
     """
-    batch, channels, locations = a.shape
+    batch, channels, _ = a.shape
     size = packed_size(channels) if b is None else channels * b.shape[1]
-    y = a.new_empty(batch, size, dtype=compute_dtype(a.dtype))
+    y = memory.empty((batch, size), compute_dtype(a.dtype))
     scale = y.new_ones(batch, 2)
-    divisor = locations if pool == 'avg' else 1
-
-    def one(i: int):
-        s, t = scale[i].tolist()
-        b_i = None if b is None else _image(b, i, t)
-        _forward_image(_image(a, i, s), b_i, y[i], divisor, eps / s / t)
-
-    for i in range(batch):
-        one(i)
+    for images in _groups(batch, size):
+        _describe(_load(a, images), _load(b, images), pool, eps, y[images])
     norm = torch.linalg.vector_norm(y, dim=1)
-    for i in torch.nonzero(~norm.isfinite()).flatten().tolist():
+    for i in [] if math.isfinite(norm.sum().item()) else torch.nonzero(~norm.isfinite()).flatten().tolist():
         largest = [_largest(x, i) for x in (a, b) if x is not None]
         if not all(map(math.isfinite, largest)):
             y[i] = norm[i] = math.nan
             continue
         scale[i, 0], scale[i, 1] = largest[0], largest[-1]
-        one(i)
+        (s, t), image = scale[i].tolist(), slice(i, i + 1)
+        _describe(_load(a, image, s), _load(b, image, t), pool, eps / s / t, y[image])
         norm[i] = torch.linalg.vector_norm(y[i])
     return y, norm.clamp_min_(1e-12), scale
 
@@ -171,17 +220,22 @@ def backward(
     Returns:
         Gradients of a and, if there is one, of b, in their dtype and layout.
     """
-    grads = [torch.empty_like(x) for x in (a, b) if x is not None]
-    divisor = a.shape[2] if pool == 'avg' else 1
-    for i, (s, t) in enumerate(scale.tolist()):
-        b_i = None if b is None else _image(b, i, t)
-        image_grads = _backward_image(grad[i], y[i], _image(a, i, s), b_i, divisor, eps / s / t)
-        for out, image_grad, r in zip(grads, image_grads, (s, t)):
-            if r != 1.0:
-                image_grad = image_grad / r
-            # of tiny features float16 cannot hold the gradient, nor any dtype if the other stream's are huge
-            largest = torch.finfo(out.dtype).max
-            out[i] = image_grad.clamp_(-largest, largest)
+    features = [x for x in (a, b) if x is not None]
+    grads = [memory.empty_like(x) for x in features]
+    is_scaled = bool((scale != 1).any())
+    dtype = compute_dtype(a.dtype)
+    for images in _groups(len(a), _GROUP if is_scaled else y.shape[1]):  # those of other scales one by one
+        s, t = scale[images.start].tolist() if is_scaled else (1.0, 1.0)
+        a_, b_ = _load(a, images, s), _load(b, images, t)
+        outs = [x[images] for x in grads]
+        direct = not is_scaled and all(x.dtype == dtype and x.is_contiguous() for x in outs)
+        computed = outs if direct else [torch.empty_like(x) for x in (a_, b_) if x is not None]
+        _gradients(grad[images], y[images], a_, b_, pool, eps / s / t, computed)
+        if not direct:
+            for out, x, r in zip(outs, computed, (s, t)):
+                # of tiny features float16 cannot hold the gradient, nor any dtype if the other stream's are huge
+                largest = torch.finfo(out.dtype).max
+                out.copy_(x.div_(r).clamp_(-largest, largest))
     return grads
 
 
@@ -222,10 +276,10 @@ def classify_backward(
         grad_y = linear(grad_by_norm, weight.to(y.dtype).t())
         # The norm's part; where the norm was clamped it is a constant.
         along = torch.where(norm > 1e-12, (grad_by_norm * scores).sum(1) / norm, 0.0)
-        for i, alpha in enumerate(along.tolist()):
-            grad_y[i].sub_(y[i], alpha=alpha)
+        grad_y.addcmul_(y, along.unsqueeze(1), value=-1)
         grads += backward(grad_y, y, scale, a, b, pool, eps)
         del grad_y
     if need_weight:
-        grads.append(torch.mm(grad_by_norm.t(), y).to(weight.dtype))
+        grad_weight = memory.empty(weight.shape, y.dtype)
+        grads.append(torch.mm(grad_by_norm.t(), y, out=grad_weight).to(weight.dtype))
     return grads
