@@ -45,9 +45,9 @@ FAMILIES = (
 ).split()
 SIZE = 112  # of the images that are trained on, and of a view
 HEAD_LRS = (1e-3, 1e-2, 1e-1)  # of AdamW, with the streams
-FROZEN_LRS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of SGD with momentum, whose steps cost the same for every descriptor
+FROZEN_LRS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of SGD with momentum, whose steps cost the same for every descriptor
 STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
-EPOCHS, FROZEN_EPOCHS = 8, 40
+EPOCHS, FROZEN_EPOCHS = 8, 20
 BATCH_SIZE = 32
 RECIPE = dict(
     img_size=SIZE,

@@ -98,7 +98,8 @@ def record(arch, everything=False):
         weight = torch.empty(3, 512 * 512 if two else 512 * 513 // 2, dtype=dtype, device='meta')
         path.forward(a, b, pool, 1e-10)
         logits, *kept = path.classify(a, b, weight, weight[:, 0].clone(), pool, 1e-10)
-        path.classify_backward(logits, *kept, a, b, weight, pool, 1e-10, True, True)
+        for save_memory in (False, True):
+            path.classify_backward(logits, *kept, a, b, weight, pool, 1e-10, True, True, save_memory)
     return list(launches.values())
 
 

@@ -35,7 +35,7 @@ def small_tiles(monkeypatch):
         for module, config, names in (
             (descriptors, square, ['HALF', 'FLOAT', 'MAX']),
             (gradients, tall, ['HALF', 'FLOAT']),
-            (gradients, square, ['MAX']),
+            (gradients, square, ['MAX', 'SLOPES']),
             (maximum, square, ['CONFIG']),
         ):
             for name in names:

@@ -117,7 +117,11 @@ def spread(x, memory, strides, start):
 
 def results(a, b, weight, grad, pool):
     logits, *kept = kernels.classify(a, b, weight, None, pool, 1e-10)
-    return [logits, *kept, *kernels.classify_backward(grad, *kept, a, b, weight, pool, 1e-10, True, True)]
+    grads = [
+        kernels.classify_backward(grad, *kept, a, b, weight, pool, 1e-10, True, True, save_memory)
+        for save_memory in (False, True)
+    ]
+    return [logits, *kept, *grads[0], *grads[1]]
 
 
 @pytest.mark.usefixtures('small_tiles')

@@ -27,7 +27,7 @@ def test_opcheck(two, dtype, pool):
             library.bilinear_pool_backward, (torch.randn_like(y), y, scale, a, b, pool, 1e-5), test_utils=FORWARD_ONLY
         )
         logits, *kept = library.bilinear_classify(a, b, weight, bias, pool, 1e-5, False)
-        for need in ((True, True), (True, False), (False, True)):
+        for need in ((True, True, False), (True, False, True), (False, True, False)):
             torch.library.opcheck(
                 library.bilinear_classify_backward,
                 (torch.randn_like(logits), *kept, a, b, weight, pool, 1e-5, *need),

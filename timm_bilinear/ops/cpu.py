@@ -268,8 +268,12 @@ def classify_backward(
     eps: float,
     need_features: bool,
     need_weight: bool,
+    save_memory: bool,
 ) -> List[torch.Tensor]:
-    """Gradients of a and b, if needed, then of the weight, if needed, from that of the logits, grad (B, K)."""
+    """Gradients of a and b, if needed, then of the weight, if needed, from that of the logits, grad (B, K).
+
+    `save_memory` changes nothing here: what else there is is that of a group of images.
+    """
     grads = []
     grad_by_norm = grad / norm.unsqueeze(1)
     if need_features:

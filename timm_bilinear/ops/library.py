@@ -161,10 +161,11 @@ def bilinear_classify_backward(
     eps: float,
     need_features: bool,
     need_weight: bool,
+    save_memory: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and weight, see `classify_backward` of the device's path; empty if not needed."""
     grads = _path(a).classify_backward(
-        grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight
+        grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory
     )
     grad_weight = grads.pop() if need_weight else None
     grad_a, grad_b, *_ = (*grads, None, None)
@@ -172,7 +173,7 @@ def bilinear_classify_backward(
 
 
 @bilinear_classify_backward.register_fake
-def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight):
+def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory):
     grads = _fake_gradients(a, b) if need_features else (None, None)
     return _with_absent(a, *grads, weight.new_empty(weight.shape) if need_weight else None)
 
@@ -200,7 +201,7 @@ def _classify_backward(ctx, grad, *_):
         descriptors = (y.to(ctx.y_dtype), *descriptors)
     need_features, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
     grads = torch.ops.timm_bilinear.bilinear_classify_backward(
-        grad, scores, *descriptors, a, b, weight, ctx.pool, ctx.eps, need_features, need_weight
+        grad, scores, *descriptors, a, b, weight, ctx.pool, ctx.eps, need_features, need_weight, ctx.recompute
     )
     grad_bias = grad.sum(0, dtype=scores.dtype).to(bias.dtype) if ctx.needs_input_grad[3] else None
     grad_a = grads[0] if need_features else None

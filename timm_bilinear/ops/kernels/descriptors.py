@@ -11,6 +11,7 @@ from .maximum import CONFIG as MAX
 from .maximum import max_tile
 from .tiles import (
     Config,
+    count_tiles,
     dot,
     in_range,
     is_wide,
@@ -187,13 +188,6 @@ def _is_small(programs: int, device: torch.device) -> bool:
     return programs < (torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 0)
 
 
-def _tiles(channels_a: int, channels_b: Optional[int], config: Config) -> Tuple[int, int]:
-    """Number of tiles of an image's descriptor, and of columns of tiles."""
-    rows = triton.cdiv(channels_a, config.block_i)
-    columns = rows if channels_b is None else triton.cdiv(channels_b, config.block_j)
-    return (packed_size(rows) if channels_b is None else rows * columns), columns
-
-
 def descriptors(
     a: torch.Tensor,
     b: Optional[torch.Tensor],
@@ -207,10 +201,10 @@ def descriptors(
     config, small = (FLOAT, FLOAT_SMALL) if a.dtype == torch.float32 else (HALF, HALF_SMALL)
     if pool == 'max':
         config = small = MAX
-    tiles, columns = _tiles(channels, channels_b, config)
+    tiles, columns = count_tiles(channels, channels_b, config)
     if _is_small(batch * tiles, a.device):
         config = small
-        tiles, columns = _tiles(channels, channels_b, config)
+        tiles, columns = count_tiles(channels, channels_b, config)
     size = packed_size(channels) if b is None else channels * channels_b
     x = a if b is None else b
     # Rows that do not start at multiples of 16 reach shared memory through registers, and the second pass needs more of

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward pass: slopes dZ formed from u and Y inside the product with the features."""
+"""Triton kernels of the backward pass: slopes dZ from u and Y, written out for a GEMM or formed inside a product."""
 
 from typing import List, Optional, Tuple
 
@@ -8,13 +8,15 @@ import triton.language as tl
 
 from .maximum import CONFIG as MAX
 from .maximum import max_backward_kernel, max_locations
-from .tiles import Config, dot, is_wide, packed_place, precision, slope, widened
+from .tiles import Config, count_tiles, dot, is_wide, packed_place, places, precision, slope, tile_of, widened
 
 __all__ = ['feature_gradients', 'logit_gradients']
 
 # Rows x channels per step, locations.
 HALF = Config(128, 32, 128, num_warps=8, num_stages=2)
 FLOAT = Config(64, 32, 64, num_warps=8, num_stages=2)
+SLOPES = Config(64, 64, 0, num_warps=4, num_stages=1)
+_DENSE_BYTES = 2**26  # of slopes that are there at a time
 
 
 @triton.jit
@@ -70,6 +72,64 @@ def _logit_gradient_kernel(
 
 
 @triton.jit
+def _slope_kernel(
+    u_ptr,
+    y_ptr,
+    coefficients_ptr,
+    dz_ptr,
+    peak_ptr,
+    channels_a,
+    channels_b,
+    size,
+    tiles,
+    columns,
+    SYMMETRIC: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """A tile of dZ, unpacked, and of what mirrors it if it is symmetric; in HALF its largest magnitude too."""
+    tile = tl.program_id(0) % tiles
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    row, col = tile_of(tile, columns, SYMMETRIC)
+    i = (row * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
+    j = (col * BLOCK_J + tl.arange(0, BLOCK_J))[None, :]
+    first, place = places(i, j, row * BLOCK_I, channels_a, channels_b, SYMMETRIC)
+    keep = (i < channels_a) & (j < channels_b)
+    if SYMMETRIC:
+        keep = keep & (i <= j)
+    u = tl.load(u_ptr + image * size + first + place, mask=keep, other=0.0)
+    y = tl.load(y_ptr + image * size + first + place, mask=keep, other=0.0)
+    c1 = tl.load(coefficients_ptr + 3 * image)
+    c2 = tl.load(coefficients_ptr + 3 * image + 1)
+    root = tl.load(coefficients_ptr + 3 * image + 2)
+    dz = slope(u, y, i, j, c1, c2, root, SYMMETRIC)
+    if HALF:
+        tl.store(peak_ptr + image * tiles + tile, tl.max(tl.abs(dz)))
+    dz = dz.to(dz_ptr.dtype.element_ty)
+    dz_ptr += image * channels_a * channels_b
+    tl.store(dz_ptr + tl.cast(i, tl.int64) * channels_b + j, dz, mask=keep)
+    if SYMMETRIC:
+        mirror = tl.trans(keep.to(tl.int8)) != 0
+        tl.store(dz_ptr + tl.cast(tl.trans(j), tl.int64) * channels_b + tl.trans(i), tl.trans(dz), mask=mirror)
+
+
+@triton.jit
+def _is_good(scale_ptr, peak_ptr, out, tiles, HALF: tl.constexpr):
+    """Whether an image's features were in range, and in HALF its slopes and a tile of its gradient, `out`."""
+    good = (tl.load(scale_ptr) == 1.0) & (tl.load(scale_ptr + 1) == 1.0)
+    if HALF:
+        t = tl.arange(0, 128)
+        peak = 0.0
+        for t0 in range(0, tiles, 128):
+            peak = tl.maximum(peak, tl.max(tl.load(peak_ptr + t0 + t, mask=t0 + t < tiles, other=0.0)))
+        good = good & ((peak == 0.0) | (peak >= 0.00390625))  # below, float16 has few bits left for the others
+        # neither inf nor nan: a slope that float16 cannot hold, or a sum
+        good = good & (tl.max((tl.abs(out.to(tl.float32)) <= 65504.0).to(tl.int32) ^ 1) == 0)
+    return good
+
+
+@triton.jit
 def _backward_kernel(
     u_ptr,
     y_ptr,
@@ -77,12 +137,14 @@ def _backward_kernel(
     scale_ptr,
     x_ptr,
     out_ptr,
+    peak_ptr,
     channels,
     channels_x,
     locations,
     size,
     row_blocks,
     n_blocks,
+    tiles,
     stride_i,
     stride_j,
     stride_xb,
@@ -93,6 +155,8 @@ def _backward_kernel(
     stride_on,
     STREAM: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    AGAIN: tl.constexpr,
+    HALF: tl.constexpr,
     WIDE: tl.constexpr,
     DOT: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -103,7 +167,8 @@ def _backward_kernel(
 ):
     """Gradient of one stream's features, rows i, from the other's features x: sum_j dZ_ij x_j.
 
-    Packed tiles below the diagonal are read as what they are in the triangle, transposed.
+    Packed tiles below the diagonal are read as what they are in the triangle, transposed. AGAIN leaves those gradients
+    as they are that a GEMM could compute.
     """
     tile = tl.program_id(0) % (row_blocks * n_blocks)
     image = (tl.program_id(0) // (row_blocks * n_blocks)).to(tl.int64)
@@ -111,6 +176,12 @@ def _backward_kernel(
     i = widened(i0 + tl.arange(0, BLOCK_I), WIDE)
     n = widened((tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     j_ = widened(tl.arange(0, BLOCK_J), WIDE)
+    out = out_ptr + image * stride_ob + i[:, None] * stride_oc + n[None, :] * stride_on
+    out_keep = (i < channels)[:, None] & (n < locations)[None, :]
+    if AGAIN:
+        computed = tl.load(out, mask=out_keep, other=0.0) if HALF else 0.0
+        if _is_good(scale_ptr + 2 * image, peak_ptr + image * tiles, computed, tiles, HALF):
+            return
     u_ptr += image * size
     y_ptr += image * size
     x_ptr += image * stride_xb
@@ -157,8 +228,7 @@ def _backward_kernel(
         acc = dot(dz, x, acc, PRECISION)
     acc = acc / tl.load(scale_ptr + 2 * image + STREAM)
     acc = tl.clamp(acc, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    out = out_ptr + image * stride_ob + i[:, None] * stride_oc + n[None, :] * stride_on
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(i < channels)[:, None] & (n < locations)[None, :])
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=out_keep)
 
 
 def _launch(like: torch.Tensor, config: Config) -> Tuple[int, int, dict]:
@@ -174,6 +244,40 @@ def _launch(like: torch.Tensor, config: Config) -> Tuple[int, int, dict]:
     return row_blocks, n_blocks, constants
 
 
+def _is_dense(like: torch.Tensor, config: Config) -> bool:
+    """Whether slopes are formed several times inside the product, and a GEMM is as exact as that product."""
+    return like.shape[2] > config.block_n and (like.dtype != torch.float32 or precision(like.dtype) == 'tf32')
+
+
+def _dense_slopes(
+    u: torch.Tensor, y: torch.Tensor, coefficients: torch.Tensor, a: torch.Tensor, b: Optional[torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """dZ + dZ^T or dZ, (B, Ca, Cb) in the dtype of the features, and the largest of each tile, (B, tiles)."""
+    channels_a, channels_b = a.shape[1], (a if b is None else b).shape[1]
+    tiles, columns = count_tiles(channels_a, None if b is None else channels_b, SLOPES)
+    dz = torch.empty(len(a), channels_a, channels_b, dtype=a.dtype, device=a.device)
+    peaks = coefficients.new_empty(len(a), tiles)
+    _slope_kernel[(len(a) * tiles,)](
+        u,
+        y,
+        coefficients,
+        dz,
+        peaks,
+        channels_a,
+        channels_b,
+        y.shape[1],
+        tiles,
+        columns,
+        SYMMETRIC=b is None,
+        HALF=a.dtype == torch.float16,
+        BLOCK_I=SLOPES.block_i,
+        BLOCK_J=SLOPES.block_j,
+        num_warps=SLOPES.num_warps,
+        num_stages=SLOPES.num_stages,
+    )
+    return dz, peaks
+
+
 def feature_gradients(
     u: torch.Tensor,
     y: torch.Tensor,
@@ -182,6 +286,7 @@ def feature_gradients(
     a: torch.Tensor,
     b: Optional[torch.Tensor],
     pool: str,
+    save_memory: bool = False,
 ) -> List[torch.Tensor]:
     """Gradients of the features.
 
@@ -191,39 +296,79 @@ def feature_gradients(
         coefficients: (B, 3) float32: c1, c2, both with the constant factor of dZ, and the root of eps.
         scale: (B, 2) float32, divisors of the features.
         a, b, pool: As in forward.
+        save_memory: Form slopes inside the product, once for every block of locations, and write none.
 
     Returns:
         Gradients of a and, if there is one, of b, in their dtype and layout; float16's are held in its range.
     """
-    location = max_locations(a, b, y, scale) if pool == 'max' else None
-    grads = []
-    for stream, (like, x) in enumerate([(a, a)] if b is None else [(a, b), (b, a)]):
-        out = torch.empty_like(like)
-        config = MAX if pool == 'max' else FLOAT if like.dtype == torch.float32 else HALF
+    config = MAX if pool == 'max' else FLOAT if a.dtype == torch.float32 else HALF
+    grads = [torch.empty_like(x) for x in (a, b) if x is not None]
+    if pool == 'max' or save_memory or not _is_dense(a, config):
+        location = max_locations(a, b, y, scale) if pool == 'max' else None
+        _fused_gradients(grads, u, y, coefficients, scale, a, b, config, location, None)
+        return grads
+    images = max(1, _DENSE_BYTES // (a.shape[1] * (a if b is None else b).shape[1] * a.element_size()))
+    for start in range(0, len(a), images):
+        part = slice(start, start + images)
+        u_, y_, coefficients_, scale_, a_ = (x[part] for x in (u, y, coefficients, scale, a))
+        b_ = None if b is None else b[part]
+        outs = [x[part] for x in grads]
+        dz, peaks = _dense_slopes(u_, y_, coefficients_, a_, b_)
+        torch.bmm(dz, a_ if b_ is None else b_, out=outs[0])
+        if b_ is not None:
+            torch.bmm(dz.transpose(1, 2), a_, out=outs[1])
+        _fused_gradients(outs, u_, y_, coefficients_, scale_, a_, b_, config, None, peaks)
+    return grads
+
+
+def _fused_gradients(
+    grads: List[torch.Tensor],
+    u: torch.Tensor,
+    y: torch.Tensor,
+    coefficients: torch.Tensor,
+    scale: torch.Tensor,
+    a: torch.Tensor,
+    b: Optional[torch.Tensor],
+    config: Config,
+    location: Optional[torch.Tensor],
+    peaks: Optional[torch.Tensor],
+):
+    """Write gradients of the features, slopes formed inside the product.
+
+    Args:
+        grads: Where they go.
+        u, y, coefficients, scale, a, b: As for `feature_gradients`.
+        config: Tile.
+        location: Of each pair's largest product, for 'max'.
+        peaks: The largest slope of each tile, (B, tiles), if a GEMM has computed what it can; else None.
+    """
+    for stream, (like, x, out) in enumerate([(a, a, *grads)] if b is None else zip((a, b), (b, a), grads)):
         row_blocks, n_blocks, constants = _launch(like, config)
         shape = (like.shape[1], x.shape[1], like.shape[2], y.shape[1], row_blocks, n_blocks)
         strides = (*((x.shape[1], 1) if stream == 0 else (1, like.shape[1])), *x.stride(), *out.stride())
         constants.update(STREAM=stream, SYMMETRIC=b is None, WIDE=is_wide(like, x, out))
         grid = (like.shape[0] * row_blocks * n_blocks,)
-        if pool == 'max':
+        if location is not None:
             max_backward_kernel[grid](u, y, coefficients, scale, location, x, out, *shape, *strides, **constants)
-        else:
-            _backward_kernel[grid](
-                u,
-                y,
-                coefficients,
-                scale,
-                x,
-                out,
-                *shape,
-                *strides,
-                DOT=tl.bfloat16 if like.dtype == torch.bfloat16 else tl.float32,
-                PRECISION=precision(like.dtype),
-                BLOCK_J=config.block_j,
-                **constants,
-            )
-        grads.append(out)
-    return grads
+            continue
+        _backward_kernel[grid](
+            u,
+            y,
+            coefficients,
+            scale,
+            x,
+            out,
+            scale if peaks is None else peaks,
+            *shape,
+            0 if peaks is None else peaks.shape[1],
+            *strides,
+            AGAIN=peaks is not None,
+            HALF=like.dtype == torch.float16,
+            DOT=tl.bfloat16 if like.dtype == torch.bfloat16 else tl.float32,
+            PRECISION=precision(like.dtype),
+            BLOCK_J=config.block_j,
+            **constants,
+        )
 
 
 def logit_gradients(

@@ -5,8 +5,9 @@
                 Y = Z / (sqrt(|Z| + eps) + sqrt(eps)), which is sign(Z) (sqrt(|Z| + eps) - sqrt(eps)) without its
                 cancellation; packed; the tile's sum of squares goes to a table that another kernel adds up
     classify    scores = W Y by the vendor's GEMM, divided by the norm by that other kernel
-    backward    one program per (image, rows of the gradient, locations): tiles of dZ are formed from u = W^T g and Y
-                inside the product dA = dZ Bf / N and never written
+    backward    dZ from u = W^T g and Y, unpacked; dA = dZ Bf / N by the vendor's batched GEMM. Or, to save memory, in
+                float32 without TF32, and where a GEMM's range is not enough: one program per (image, rows of the
+                gradient, locations), which forms tiles of dZ inside the product and writes none
 
 There are no atomics, so results repeat bit for bit. Everything between load and store is float32.
 
@@ -112,6 +113,7 @@ def classify_backward(
     eps: float,
     need_features: bool,
     need_weight: bool,
+    save_memory: bool,
 ) -> List[torch.Tensor]:
     """Gradients of a and b, if needed, then of the weight, if needed, from that of the logits, grad (B, K)."""
     # In float16 the norm is at least the root of D over 64: what is divided by it does not overflow.
@@ -123,7 +125,7 @@ def classify_backward(
         )
         if need_features:
             u = u_grad @ weight.to(y.dtype)
-            grads += feature_gradients(u, y, coefficients, scale, a, b, pool)
+            grads += feature_gradients(u, y, coefficients, scale, a, b, pool, save_memory)
         if need_weight:
             # alpha is applied in float32, before rounding
             grad_weight = y.new_empty(weight.shape)

@@ -2,14 +2,17 @@
 
 import os
 from contextlib import nullcontext
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ..packing import packed_size
+
 __all__ = [
     'Config',
+    'count_tiles',
     'dot',
     'in_range',
     'is_wide',
@@ -37,6 +40,13 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+
+
+def count_tiles(channels_a: int, channels_b: Optional[int], config: Config) -> Tuple[int, int]:
+    """Number of tiles of an image's descriptor, and of columns of tiles."""
+    rows = triton.cdiv(channels_a, config.block_i)
+    columns = rows if channels_b is None else triton.cdiv(channels_b, config.block_j)
+    return (packed_size(rows) if channels_b is None else rows * columns), columns
 
 
 def precision(dtype: torch.dtype) -> str:
