@@ -99,7 +99,7 @@ def record(arch, everything=False):
         path.forward(a, b, pool, 1e-10)
         logits, *kept = path.classify(a, b, weight, weight[:, 0].clone(), pool, 1e-10)
         for save_memory in (False, True):
-            path.classify_backward(logits, *kept, a, b, weight, pool, 1e-10, True, True, save_memory)
+            path.classify_backward(logits, *kept, a, b, weight, pool, 1e-10, True, True, save_memory, dtype)
     return list(launches.values())
 
 

@@ -250,8 +250,34 @@ def test_fake_tensors_of_the_gpu(two, dtype):
     real = kernels.classify(*inputs, 'avg', 1e-10)
     with FakeTensorMode():
         fake = [x if x is None else torch.empty(x.shape, dtype=x.dtype, device='cuda') for x in inputs]
-        fake = library.bilinear_classify(*fake, 'avg', 1e-10, False)
+        fake = library.bilinear_classify(*fake, 'avg', 1e-10, False, None)
     assert [(x.shape, x.dtype, x.stride()) for x in fake] == [(x.shape, x.dtype, x.stride()) for x in real]
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
+def test_float32_under_autocast(two, dtype, monkeypatch):
+    # LayerNorm gives float32 under autocast: multiplied as autocast multiplies; the weight is cast once, for both ways.
+    a, b = features(5, 9), features(4, 9) if two else None
+    weight, bias = classifier(5, 4 if two else None)
+    grad = torch.randn(2, 4)
+    device = a.device.type
+    monkeypatch.setattr(ops, '_NARROW_PRODUCTS', (device,))
+    casts, classify = [], kernels.classify
+    monkeypatch.setattr(kernels, 'classify', lambda *x: casts.append((x[0].dtype, x[2].dtype)) or classify(*x))
+
+    def with_autocast(*x):
+        with torch.autocast(device, dtype):
+            return bilinear_classify(*x)
+
+    got = run(with_autocast, (a, b, weight, bias), grad)
+    assert casts == [(dtype, dtype)]
+    assert [x.dtype for x in got] == [dtype] + [torch.float32] * (len(got) - 1)
+    narrow = [None if x is None else x.to(dtype) for x in (a, b, weight)]
+    want = run(bilinear_classify, (*narrow, bias.to(dtype)), grad)
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x.to(dtype), y, atol=4 * rounding(dtype), rtol=4 * rounding(dtype))
+    assert with_autocast(1e6 * a, b, weight, bias).isfinite().all()
 
 
 # --- on a real GPU only

@@ -118,7 +118,7 @@ def spread(x, memory, strides, start):
 def results(a, b, weight, grad, pool):
     logits, *kept = kernels.classify(a, b, weight, None, pool, 1e-10)
     grads = [
-        kernels.classify_backward(grad, *kept, a, b, weight, pool, 1e-10, True, True, save_memory)
+        kernels.classify_backward(grad, *kept, a, b, weight, pool, 1e-10, True, True, save_memory, weight.dtype)
         for save_memory in (False, True)
     ]
     return [logits, *kept, *grads[0], *grads[1]]

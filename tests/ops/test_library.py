@@ -26,11 +26,11 @@ def test_opcheck(two, dtype, pool):
         torch.library.opcheck(
             library.bilinear_pool_backward, (torch.randn_like(y), y, scale, a, b, pool, 1e-5), test_utils=FORWARD_ONLY
         )
-        logits, *kept = library.bilinear_classify(a, b, weight, bias, pool, 1e-5, False)
+        logits, *kept = library.bilinear_classify(a, b, weight, bias, pool, 1e-5, False, None)
         for need in ((True, True, False), (True, False, True), (False, True, False)):
             torch.library.opcheck(
                 library.bilinear_classify_backward,
-                (torch.randn_like(logits), *kept, a, b, weight, pool, 1e-5, *need),
+                (torch.randn_like(logits), *kept, a, b, weight, pool, 1e-5, *need, torch.float32),
                 test_utils=FORWARD_ONLY,
             )
     for x in (a, b, weight, bias):
@@ -38,7 +38,7 @@ def test_opcheck(two, dtype, pool):
             x.requires_grad_()
     torch.library.opcheck(library.bilinear_pool, (a, b, pool, 1e-5))
     for recompute in (False, True):
-        torch.library.opcheck(library.bilinear_classify, (a, b, weight, bias, pool, 1e-5, recompute))
+        torch.library.opcheck(library.bilinear_classify, (a, b, weight, bias, pool, 1e-5, recompute, None))
 
 
 def test_compile_transposed_weight():
@@ -55,9 +55,9 @@ def test_compile_transposed_weight():
 def test_direct_calls_ignore_autocast():
     a = features(6, 5).requires_grad_()
     weight, bias = classifier(6)
-    want = library.bilinear_classify(a, None, weight, bias, 'avg', 1e-5, False)
+    want = library.bilinear_classify(a, None, weight, bias, 'avg', 1e-5, False, None)
     with torch.autocast('cpu', torch.bfloat16):
-        got = library.bilinear_classify(a, None, weight, bias, 'avg', 1e-5, False)
+        got = library.bilinear_classify(a, None, weight, bias, 'avg', 1e-5, False, None)
     assert all(torch.equal(x, y) for x, y in zip(got, want))
     grads = [torch.autograd.grad(x[0].sum(), a)[0] for x in (got, want)]
     assert torch.equal(*grads)

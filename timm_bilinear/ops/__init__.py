@@ -155,13 +155,24 @@ def _is_fast(a: torch.Tensor) -> bool:
     return a.device.type == 'cpu'
 
 
-def _streams(a: torch.Tensor, b: Optional[torch.Tensor]) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """(B, C, N) features, of one dtype, which autocast may not have given them."""
-    a = a.flatten(2)
-    if b is None:
-        return a, None
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.to(dtype), b.flatten(2).to(dtype)
+# Where autocast's dtype makes products faster; elsewhere they are of float32 whatever the features are.
+_NARROW_PRODUCTS = ('cuda',)
+
+
+def _streams(
+    a: torch.Tensor, b: Optional[torch.Tensor], autocast: Optional[torch.dtype]
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """(B, C, N) features of one dtype, which autocast may not have given them: LayerNorm, for one, returns float32."""
+    dtype = a.dtype if b is None else torch.promote_types(a.dtype, b.dtype)
+    if autocast is not None and dtype == torch.float32 and a.device.type in _NARROW_PRODUCTS:
+        dtype = autocast
+
+    def cast(x: torch.Tensor) -> torch.Tensor:
+        if dtype == torch.float16 and x.dtype != dtype:
+            x = x.clamp(-65504.0, 65504.0)  # finite features stay so
+        return x.flatten(2).to(dtype)
+
+    return cast(a), None if b is None else cast(b)
 
 
 def bilinear_pool(
@@ -194,13 +205,13 @@ def bilinear_pool(
         ValueError: If shapes, devices, `pool` or `eps` are wrong.
     """
     _check(a, b, None, None, pool, eps)
-    dtype = autocast_dtype(a.device.type) or a.dtype
+    autocast = autocast_dtype(a.device.type)
+    dtype = autocast or a.dtype
     with without_autocast(a.device.type):
-        a, b = _streams(a, b)
+        a, b = _streams(a, b, autocast)
         if _is_fast(a):
-            y, *_ = library.bilinear_pool(a, b, pool, eps)
-            y = y.to(reference.compute_dtype(y.dtype))
-            return (y / reference.norm(y)).to(dtype)
+            y, norm, _ = library.bilinear_pool(a, b, pool, eps)
+            return (y.to(norm.dtype) / norm.unsqueeze(1)).to(dtype)
         return reference.bilinear_pool(a, b, pool, eps).to(dtype)
 
 
@@ -239,10 +250,13 @@ def bilinear_classify(
     if weight is None:
         raise TypeError("'weight' must be a tensor, got NoneType.")
     _check(a, b, weight, bias, pool, eps)
-    dtype = autocast_dtype(a.device.type) or a.dtype
+    autocast = autocast_dtype(a.device.type)
+    dtype = autocast or a.dtype
     with without_autocast(a.device.type):
-        a, b = _streams(a, b)
+        a, b = _streams(a, b, autocast)
         if _is_fast(a):
-            logits, *_ = library.bilinear_classify(a, b, weight, bias, pool, eps, recompute)
+            is_narrow = a.dtype != weight.dtype and a.device.type in _NARROW_PRODUCTS
+            narrow = weight.detach().to(a.dtype) if is_narrow else None
+            logits, *_ = library.bilinear_classify(a, b, weight, bias, pool, eps, recompute, narrow)
             return logits.to(dtype)
         return reference.bilinear_classify(a, b, weight, bias, pool, eps).to(dtype)

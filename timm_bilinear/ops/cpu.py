@@ -269,10 +269,11 @@ def classify_backward(
     need_features: bool,
     need_weight: bool,
     save_memory: bool,
+    weight_dtype: torch.dtype,
 ) -> List[torch.Tensor]:
     """Gradients of a and b, if needed, then of the weight, if needed, from that of the logits, grad (B, K).
 
-    `save_memory` changes nothing here: what else there is is that of a group of images.
+    The weight's is in `weight_dtype`. `save_memory` changes nothing: there is no more than a group of images takes.
     """
     grads = []
     grad_by_norm = grad / norm.unsqueeze(1)
@@ -285,5 +286,5 @@ def classify_backward(
         del grad_y
     if need_weight:
         grad_weight = memory.empty(weight.shape, y.dtype)
-        grads.append(torch.mm(grad_by_norm.t(), y, out=grad_weight).to(weight.dtype))
+        grads.append(torch.mm(grad_by_norm.t(), y, out=grad_weight).to(weight_dtype))
     return grads

@@ -7,7 +7,6 @@ Both run by `cpu.py` on the CPU and by `kernels` on the GPU. With u = W^T g for 
 r = 1 / ||Y||: z.u = (logits - b).g, so the gradient of the descriptor, dY = r (u - z (z.u)), needs no reduction over D.
 """
 
-from functools import partial
 from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
@@ -46,19 +45,19 @@ def _fake_gradients(a: Tensor, b: Optional[Tensor]) -> Tuple[Tensor, Optional[Te
 
 
 def _reference_gradients(
-    run: Callable[..., Tensor],
+    run: Callable[..., Tuple[Tensor, ...]],
     inputs: Sequence[Optional[Tensor]],
     needed: Sequence[bool],
-    grad: Tensor,
+    *grads: Optional[Tensor],
 ) -> List[Optional[Tensor]]:
     """Gradients of those inputs that need one, by the reference, so that they can be differentiated again."""
     with torch.enable_grad():
         # views, whose gradients are apart where one tensor is two inputs
         views = [None if x is None else x.view_as(x) for x in inputs]
-        out = run(*views)
+        outs = [(out, grad.to(out.dtype)) for out, grad in zip(run(*views), grads) if grad is not None]
     wanted = [x for x, need in zip(views, needed) if need]
-    grads = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
-    return [next(grads) if need else None for need in needed]
+    computed = iter(torch.autograd.grad([x for x, _ in outs], wanted, [g for _, g in outs], create_graph=True))
+    return [next(computed) if need else None for need in needed]
 
 
 def _one_by_one(op):
@@ -109,19 +108,25 @@ def _(grad, y, scale, a, b, pool, eps):
 def _pool_setup(ctx, inputs, output):
     a, b, ctx.pool, ctx.eps = inputs
     y, norm, scale = output
-    ctx.mark_non_differentiable(norm, scale)
+    ctx.mark_non_differentiable(scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, y, scale)
+    ctx.save_for_backward(a, b, y, norm, scale)
 
 
-def _pool_backward(ctx, grad, _norm, _scale):
-    a, b, y, scale = ctx.saved_tensors
-    if grad is None:
+def _pool_backward(ctx, grad, grad_norm, _scale):
+    a, b, y, norm, scale = ctx.saved_tensors
+    if grad is None and grad_norm is None:
         return None, None, None, None
     if torch.is_grad_enabled():  # create_graph
-        needed = ctx.needs_input_grad[:2]
-        run = partial(reference.descriptors, pool=ctx.pool, eps=ctx.eps, scale=scale)
-        return *_reference_gradients(run, (a, b), needed, grad), None, None
+
+        def run(a, b):
+            y = reference.descriptors(a, b, ctx.pool, ctx.eps, scale)
+            return y, reference.norm(y).squeeze(1)
+
+        return *_reference_gradients(run, (a, b), ctx.needs_input_grad[:2], grad, grad_norm), None, None
+    if grad_norm is not None:
+        along = torch.where(norm > 1e-12, grad_norm / norm, 0.0).unsqueeze(1) * y  # clamped, the norm is a constant
+        grad = along if grad is None else along.add_(grad)
     grads = torch.ops.timm_bilinear.bilinear_pool_backward(grad, y, scale, a, b, ctx.pool, ctx.eps)
     return grads[0], None if b is None else grads[1], None, None
 
@@ -135,13 +140,18 @@ def bilinear_classify(
     pool: str,
     eps: float,
     recompute: bool,
+    narrow: Optional[Tensor],
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `classify` of the device's path; `recompute` keeps no descriptors for backward, which makes them again."""
-    return _path(a).classify(a, b, weight, bias, pool, eps)
+    """See `classify` of the device's path.
+
+    `recompute` keeps no descriptors for backward, which makes them again. `narrow` is the weight in the dtype of the
+    features, if that is another: cast once for both ways.
+    """
+    return _path(a).classify(a, b, weight if narrow is None else narrow, bias, pool, eps)
 
 
 @bilinear_classify.register_fake
-def _(a, b, weight, bias, pool, eps, recompute):
+def _(a, b, weight, bias, pool, eps, recompute, narrow):
     y, norm, scale = _fake_descriptors(a, b, a.dtype)
     logits = a.new_empty(a.shape[0], weight.shape[0])
     return logits, logits.new_empty(logits.shape, dtype=norm.dtype), y, norm, scale
@@ -162,10 +172,11 @@ def bilinear_classify_backward(
     need_features: bool,
     need_weight: bool,
     save_memory: bool,
+    weight_dtype: torch.dtype,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and weight, see `classify_backward` of the device's path; empty if not needed."""
     grads = _path(a).classify_backward(
-        grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory
+        grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory, weight_dtype
     )
     grad_weight = grads.pop() if need_weight else None
     grad_a, grad_b, *_ = (*grads, None, None)
@@ -173,40 +184,54 @@ def bilinear_classify_backward(
 
 
 @bilinear_classify_backward.register_fake
-def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory):
+def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory, weight_dtype):
     grads = _fake_gradients(a, b) if need_features else (None, None)
-    return _with_absent(a, *grads, weight.new_empty(weight.shape) if need_weight else None)
+    return _with_absent(a, *grads, weight.new_empty(weight.shape, dtype=weight_dtype) if need_weight else None)
 
 
 def _classify_setup(ctx, inputs, output):
-    a, b, weight, bias, ctx.pool, ctx.eps, ctx.recompute = inputs
+    a, b, weight, bias, ctx.pool, ctx.eps, ctx.recompute, narrow = inputs
     _, scores, y, norm, scale = output
     ctx.y_dtype = y.dtype
     ctx.mark_non_differentiable(scores, y, norm, scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, weight, bias, scores, *(() if ctx.recompute else (y, norm, scale)))
+    ctx.save_for_backward(a, b, weight, narrow, bias, scores, *(() if ctx.recompute else (y, norm, scale)))
 
 
 def _classify_backward(ctx, grad, *_):
-    a, b, weight, bias, scores, *descriptors = ctx.saved_tensors
+    a, b, weight, narrow, bias, scores, *descriptors = ctx.saved_tensors
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     if torch.is_grad_enabled():  # create_graph
         needed = ctx.needs_input_grad[:4]
-        run = partial(reference.bilinear_classify, pool=ctx.pool, eps=ctx.eps)
-        return *_reference_gradients(run, (a, b, weight, bias), needed, grad), None, None, None
+
+        def run(*inputs):
+            return (reference.bilinear_classify(*inputs, ctx.pool, ctx.eps),)
+
+        return *_reference_gradients(run, (a, b, weight, bias), needed, grad), None, None, None, None
     if ctx.recompute:
         with torch.no_grad():
             y, *descriptors = torch.ops.timm_bilinear.bilinear_pool(a, b, ctx.pool, ctx.eps)
         descriptors = (y.to(ctx.y_dtype), *descriptors)
     need_features, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
     grads = torch.ops.timm_bilinear.bilinear_classify_backward(
-        grad, scores, *descriptors, a, b, weight, ctx.pool, ctx.eps, need_features, need_weight, ctx.recompute
+        grad,
+        scores,
+        *descriptors,
+        a,
+        b,
+        weight if narrow is None else narrow,
+        ctx.pool,
+        ctx.eps,
+        need_features,
+        need_weight,
+        ctx.recompute,
+        weight.dtype,
     )
     grad_bias = grad.sum(0, dtype=scores.dtype).to(bias.dtype) if ctx.needs_input_grad[3] else None
     grad_a = grads[0] if need_features else None
     grad_b = grads[1] if need_features and b is not None else None
-    return grad_a, grad_b, grads[2] if need_weight else None, grad_bias, None, None, None
+    return grad_a, grad_b, grads[2] if need_weight else None, grad_bias, None, None, None, None
 
 
 bilinear_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
@@ -265,6 +290,6 @@ def _(a, b, weight, *_, **__) -> int:
 
 
 @register_flop_formula(_ops.bilinear_classify_backward)
-def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, **__) -> int:
+def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, *_, **__) -> int:
     products = 2 * a[0] * weight[0] * weight[1] * (need_features + need_weight)
     return products + (_gradient_flops(a, b) if need_features else 0)

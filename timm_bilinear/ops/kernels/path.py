@@ -114,10 +114,14 @@ def classify_backward(
     need_features: bool,
     need_weight: bool,
     save_memory: bool,
+    weight_dtype: torch.dtype,
 ) -> List[torch.Tensor]:
-    """Gradients of a and b, if needed, then of the weight, if needed, from that of the logits, grad (B, K)."""
+    """Gradients of a and b, if needed, then of the weight, if needed, from that of the logits, grad (B, K).
+
+    The weight is in the dtype of the features, its gradient in `weight_dtype`.
+    """
     # In float16 the norm is at least the root of D over 64: what is divided by it does not overflow.
-    w_factor = y.shape[1] ** 0.5 / 64
+    w_factor = y.shape[1] ** 0.5 / 64 if y.dtype == torch.float16 else 1.0
     grads = []
     with on_device_of(a):
         u_grad, w_grad, coefficients = logit_gradients(
@@ -127,8 +131,12 @@ def classify_backward(
             u = u_grad @ weight.to(y.dtype)
             grads += feature_gradients(u, y, coefficients, scale, a, b, pool, save_memory)
         if need_weight:
-            # alpha is applied in float32, before rounding
-            grad_weight = y.new_empty(weight.shape)
-            torch.addmm(grad_weight, w_grad.t(), y, beta=0, alpha=1 / w_factor, out=grad_weight)
-            grads.append(grad_weight.to(weight.dtype))
+            if weight_dtype == y.dtype:  # alpha is applied in float32, before rounding
+                grad_weight = y.new_empty(weight.shape)
+                torch.addmm(grad_weight, w_grad.t(), y, beta=0, alpha=1 / w_factor, out=grad_weight)
+            else:
+                grad_weight = _matmul(w_grad.t(), y)
+                if w_factor != 1.0:
+                    grad_weight /= w_factor
+            grads.append(grad_weight.to(weight_dtype))
     return grads
