@@ -10,7 +10,10 @@ import itertools
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -20,8 +23,11 @@ from triton.compiler import ASTSource
 from timm_bilinear.ops.kernels import descriptors, gradients, maximum, path
 
 ARCHS = (80, 90)
+OTHERS = (86, 89, 100, 120)  # only what most models take is compiled for these
 OPTIONS = ('num_warps', 'num_stages')
-LAYOUTS = ('rows', 'columns', 'unaligned')  # rows of channels, of locations (channels_last), of 49 locations
+# rows of 784 locations; of channels (channels_last); of 196, a multiple of four; of 49, which are copied to longer ones
+LAYOUTS = ('rows', 'columns', 'fours', 'unaligned')
+TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 kernels = {}
 
 
@@ -58,6 +64,7 @@ class Recorder:
             constants,
             aligned,
             options,
+            self.launches['layout'],
         )
 
 
@@ -67,12 +74,16 @@ def cases(arch, everything):
     All of them take minutes to compile. Chosen are every type with either pooling and either tiles for each GPU, and of
     the rest another one in each, so that both GPUs together have it with every type.
     """
+    if arch in OTHERS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield dtype, False, 'avg', False, False, 'fours', False
+        return
     types = (torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)
     turn = ARCHS.index(arch)
     for (i, (dtype, tf32)), pool, small in itertools.product(enumerate(types), ('avg', 'max'), (False, True)):
         if pool == 'avg' or not (small or tf32):  # 'max' knows neither
             for two, layout, wide in itertools.product((False, True), LAYOUTS, (False, True)):
-                chosen = (i + small + turn) % 2, LAYOUTS[(i + small + 2 * turn) % 3], False
+                chosen = (i + small + turn) % 2, LAYOUTS[(i + 2 * small + turn) % 4], False
                 if everything or chosen == (two, layout, wide):
                     yield dtype, tf32, pool, two, small, layout, wide
     yield torch.bfloat16, False, 'avg', bool(turn), False, 'rows', True
@@ -88,7 +99,8 @@ def record(arch, everything=False):
     for dtype, tf32, pool, two, small, layout, wide in cases(arch, everything):
         torch.backends.cuda.matmul.fp32_precision = 'tf32' if tf32 else 'ieee'
         descriptors._is_small = lambda programs, device, small=small: small
-        locations = 49 if layout == 'unaligned' else 784
+        launches['layout'] = layout
+        locations = {'unaligned': 49, 'fours': 196}.get(layout, 784)
         stride_c, stride_n = (1, 512) if layout == 'columns' else (locations, 1)
         if wide:
             stride_c, stride_n = 2**26 * stride_c, 2**26 * stride_n
@@ -100,11 +112,21 @@ def record(arch, everything=False):
         logits, *kept = path.classify(a, b, weight, weight[:, 0].clone(), pool, 1e-10)
         for save_memory in (False, True):
             path.classify_backward(logits, *kept, a, b, weight, pool, 1e-10, True, True, save_memory, dtype)
+    del launches['layout']
     return list(launches.values())
 
 
+def count_instructions(cubin):
+    """Machine instructions of a kernel, by the disassembler that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(cubin)
+        f.flush()
+        listing = subprocess.run([TOOLS / 'cuobjdump', '-sass', f.name], capture_output=True, text=True, check=True)
+    return len(re.findall(r'^\s+/\*[0-9a-f]{4,}\*/', listing.stdout, re.MULTILINE))
+
+
 def compile_launch(job):
-    arch, (name, signature, constants, aligned, options) = job
+    arch, (name, signature, constants, aligned, options, layout) = job
     source = ASTSource(
         kernels[name],
         signature=signature,
@@ -124,11 +146,18 @@ def compile_launch(job):
         registers=int(re.search(r'Used (\d+) registers', log.getvalue()).group(1)),
         shared=kernel.metadata.shared,
         wgmma=kernel.asm['ptx'].count('wgmma.mma_async'),
-        mma=kernel.asm['ptx'].count('mma.sync'),
+        mma=kernel.asm['ptx'].count('mma.sync') + kernel.asm['ptx'].count('tcgen05.mma'),
+        copies=len(
+            re.findall(r'cp\.async\.c[ag]|cp\.async\.bulk', kernel.asm['ptx'])
+        ),  # to shared memory, asynchronous
+        loads=len(re.findall(r'ld\.global', kernel.asm['ptx'])),
+        layout=layout,
+        instructions=count_instructions(kernel.asm['cubin']) if name == '_slope_kernel' else None,
+        warps=dict(options).get('num_warps', 4),
     )
 
 
 if __name__ == '__main__':
-    jobs = [(arch, launch) for arch in ARCHS for launch in record(arch, everything='--everything' in sys.argv)]
+    jobs = [(arch, launch) for arch in ARCHS + OTHERS for launch in record(arch, everything='--everything' in sys.argv)]
     with multiprocessing.get_context('fork').Pool(2) as pool:
         json.dump(pool.map(compile_launch, jobs, chunksize=4), sys.stdout)

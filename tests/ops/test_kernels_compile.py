@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
+# bytes a block can have (CUDA C++ Programming Guide, technical specifications per compute capability)
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 KERNELS = {
     '_forward_kernel',
     '_norm_kernel',
     '_logit_gradient_kernel',
     '_backward_kernel',
+    '_slope_kernel',
     '_max_location_kernel',
     'max_backward_kernel',
 }
@@ -29,18 +31,59 @@ def compiled():
 
 
 def test_all_kernels_are_there(compiled):
-    for arch in SHARED:
+    for arch in (80, 90):
         assert {k['kernel'] for k in compiled if k['arch'] == arch} == KERNELS
         for dtype in ('fp32', 'bf16', 'fp16'):
             for kernel in ('_forward_kernel', '_backward_kernel', 'max_backward_kernel'):
                 assert any((k['kernel'], k['dtype'], k['arch']) == (kernel, dtype, arch) for k in compiled)
 
 
+# Most bytes of registers that a kernel may spill, and why.
+SPILLS = [
+    # a second launch, which leaves at once where the first was in range: what it spills costs ordinary images nothing
+    (lambda k: "'AGAIN': True" in k['launch'], 512),
+    # float32 in three TF32 products, on cards whose own float32 is faster: not what these are for
+    (lambda k: k['arch'] in (86, 89) and k['dtype'] == 'fp32', 32),
+    # one register is what ptxas gives up at times so that one block more fits a processor
+    (lambda k: True, 4),
+]
+
+
 def test_registers(compiled):
-    # One register is what ptxas gives up at times so that one block more fits a processor.
-    spilled = [k for k in compiled if k['spilled'] > 4]
-    assert not spilled, spilled
-    assert sum(k['spilled'] > 0 for k in compiled) < 0.02 * len(compiled)
+    for k in compiled:
+        assert k['spilled'] <= next(most for applies, most in SPILLS if applies(k)), k
+
+
+def is_product(k):
+    """Whether a kernel is the product of an ordinary launch."""
+    if "'AGAIN': True" in k['launch'] or "'WIDE': True" in k['launch'] or "'MAX': True" in k['launch']:
+        return False
+    return k['kernel'] == '_forward_kernel'
+
+
+def test_features_are_copied_asynchronously(compiled):
+    # In every layout, of 49, 196 and 784 locations: no load that waits stands in the way.
+    products = [k for k in compiled if is_product(k)]
+    assert {k['layout'] for k in products} == {'rows', 'columns', 'fours', 'unaligned'}
+    for k in products:
+        assert k['copies'] >= 8 and k['loads'] == 0, k
+
+
+def test_blocks_per_processor(compiled):
+    # By registers (of 65,536, given by eights) and shared memory (1 KiB of each block is the system's).
+    for k in compiled:
+        registers = -(-k['registers'] // 8) * 8 * 32 * k['warps']
+        blocks = min(65536 // registers, (SHARED[k['arch']] + 1024) // (k['shared'] + 1024))
+        assert blocks >= (3 if k['kernel'] == '_slope_kernel' else 1), k
+
+
+def test_instructions_of_a_slope(compiled):
+    # 32 entries a thread. The floor of the kernel is its traffic, 8 bytes an entry in half precision: at 3.35 TB/s and
+    # 132 processors of 128 lanes at 1.7 GHz that is the time of 68 instructions.
+    symmetric = [k for k in compiled if k['kernel'] == '_slope_kernel' and "'SYMMETRIC': True" in k['launch']]
+    assert symmetric
+    for k in symmetric:
+        assert k['instructions'] / 32 < 68, k
 
 
 def test_shared_memory(compiled):

@@ -3,6 +3,7 @@
 from typing import Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -13,7 +14,9 @@ from .tiles import (
     Config,
     count_tiles,
     dot,
+    fours,
     in_range,
+    is_in_fours,
     is_wide,
     largest,
     power_of_two,
@@ -59,6 +62,7 @@ def _forward_kernel(
     HALF: tl.constexpr,
     MAX: tl.constexpr,
     WIDE: tl.constexpr,
+    FOURS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -67,6 +71,11 @@ def _forward_kernel(
     """Descriptor tiles; sums of squares to the first table, or AGAIN, from the first, to the second."""
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
+    stride_ab = fours(stride_ab, FOURS)
+    stride_ac = fours(stride_ac, FOURS)
+    stride_bb = fours(stride_bb, FOURS)
+    stride_bc = fours(stride_bc, FOURS)
+    locations = fours(locations, FOURS)
     a_ptr += image * stride_ab
     b_ptr += image * stride_bb
     y_ptr += image * size
@@ -207,9 +216,16 @@ def descriptors(
         tiles, columns = count_tiles(channels, channels_b, config)
     size = packed_size(channels) if b is None else channels * channels_b
     x = a if b is None else b
-    # Rows that do not start at multiples of 16 reach shared memory through registers, and the second pass needs more of
-    # those too: both take shorter steps.
-    aligned = all(stride == 1 or stride % 16 == 0 for stride in (*a.stride(), *x.stride()))
+    divisor = locations if pool == 'avg' else 1
+    is_wide_ = is_wide(a, b)
+    in_fours = is_in_fours(a) and is_in_fours(x)
+    aligned = in_fours or all(stride == 1 or stride % 16 == 0 for stride in (*a.stride(), *x.stride()))
+    if not aligned and not is_wide_ and pool != 'max':
+        # What does not start at multiples of four is loaded one by one: a copy costs less. Zeros add nothing.
+        a, x = (
+            (F.pad(t, (0, -locations % 16)) for t in (a, x)) if b is not None else (F.pad(a, (0, -locations % 16)),) * 2
+        )
+        locations, aligned = a.shape[2], True
     y = a.new_empty(batch, size, dtype=dtype)
     first, second = a.new_empty(2, batch, tiles, dtype=torch.float32)
     scale = a.new_empty(batch, 2, dtype=torch.float32)
@@ -229,13 +245,14 @@ def descriptors(
             columns,
             *a.stride(),
             *x.stride(),
-            1 / locations if pool == 'avg' else 1.0,
+            1 / divisor,
             max(eps, 1e-30),
             SYMMETRIC=b is None,
             AGAIN=again,
             HALF=a.dtype == torch.float16,
             MAX=pool == 'max',
-            WIDE=is_wide(a, b),
+            WIDE=is_wide_,
+            FOURS=in_fours,
             PRECISION=precision(a.dtype),
             BLOCK_I=config.block_i,
             BLOCK_J=config.block_j,

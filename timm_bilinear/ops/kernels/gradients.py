@@ -8,7 +8,20 @@ import triton.language as tl
 
 from .maximum import CONFIG as MAX
 from .maximum import max_backward_kernel, max_locations
-from .tiles import Config, count_tiles, dot, is_wide, packed_place, places, precision, slope, tile_of, widened
+from .tiles import (
+    Config,
+    count_tiles,
+    dot,
+    fours,
+    is_in_fours,
+    is_wide,
+    packed_place,
+    places,
+    precision,
+    slope,
+    tile_of,
+    widened,
+)
 
 __all__ = ['feature_gradients', 'logit_gradients']
 
@@ -158,6 +171,7 @@ def _backward_kernel(
     AGAIN: tl.constexpr,
     HALF: tl.constexpr,
     WIDE: tl.constexpr,
+    FOURS: tl.constexpr,
     DOT: tl.constexpr,
     LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -170,16 +184,20 @@ def _backward_kernel(
     Packed tiles below the diagonal are read as what they are in the triangle, transposed. AGAIN leaves those gradients
     as they are that a GEMM could compute.
     """
+    stride_xb = fours(stride_xb, FOURS)
+    stride_xc = fours(stride_xc, FOURS)
+    locations = fours(locations, FOURS)
     tile = tl.program_id(0) % (row_blocks * n_blocks)
     image = (tl.program_id(0) // (row_blocks * n_blocks)).to(tl.int64)
     i0 = (tile // n_blocks) * BLOCK_I
     i = widened(i0 + tl.arange(0, BLOCK_I), WIDE)
     n = widened((tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N), WIDE)
     j_ = widened(tl.arange(0, BLOCK_J), WIDE)
-    out = out_ptr + image * stride_ob + i[:, None] * stride_oc + n[None, :] * stride_on
-    out_keep = (i < channels)[:, None] & (n < locations)[None, :]
     if AGAIN:
-        computed = tl.load(out, mask=out_keep, other=0.0) if HALF else 0.0
+        computed = 0.0
+        if HALF:
+            out = out_ptr + image * stride_ob + i[:, None] * stride_oc + n[None, :] * stride_on
+            computed = tl.load(out, mask=(i < channels)[:, None] & (n < locations)[None, :], other=0.0)
         if _is_good(scale_ptr + 2 * image, peak_ptr + image * tiles, computed, tiles, HALF):
             return
     u_ptr += image * size
@@ -228,7 +246,8 @@ def _backward_kernel(
         acc = dot(dz, x, acc, PRECISION)
     acc = acc / tl.load(scale_ptr + 2 * image + STREAM)
     acc = tl.clamp(acc, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=out_keep)
+    out = out_ptr + image * stride_ob + i[:, None] * stride_oc + n[None, :] * stride_on
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(i < channels)[:, None] & (n < locations)[None, :])
 
 
 def _launch(like: torch.Tensor, config: Config) -> Tuple[int, int, dict]:
@@ -364,6 +383,7 @@ def _fused_gradients(
             *strides,
             AGAIN=peaks is not None,
             HALF=like.dtype == torch.float16,
+            FOURS=is_in_fours(x),
             DOT=tl.bfloat16 if like.dtype == torch.bfloat16 else tl.float32,
             PRECISION=precision(like.dtype),
             BLOCK_J=config.block_j,

@@ -14,7 +14,9 @@ __all__ = [
     'Config',
     'count_tiles',
     'dot',
+    'fours',
     'in_range',
+    'is_in_fours',
     'is_wide',
     'largest',
     'on_device_of',
@@ -57,6 +59,14 @@ def precision(dtype: torch.dtype) -> str:
     return 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'tf32x3'
 
 
+def is_in_fours(x: torch.Tensor) -> bool:
+    """Whether features (B, C, N) lie in rows of locations whose starts and lengths are multiples of four.
+
+    Then four of them are loaded at a time. Triton sees by itself that a number is a multiple of 16 alone.
+    """
+    return x.stride(2) == 1 and all(number % 4 == 0 for number in (x.stride(0), x.stride(1), x.shape[2]))
+
+
 def is_wide(a: torch.Tensor, b: Optional[torch.Tensor], *gradients: torch.Tensor) -> bool:
     """Whether offsets within an image need 64 bits: those of its features, (B, C, N), or of its channel pairs."""
     x = a if b is None else b
@@ -76,6 +86,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def fours(number, FOURS: tl.constexpr):
+    """A number that is a multiple of four, so that the compiler knows it."""
+    return number // 4 * 4 if FOURS else number
 
 
 @triton.jit
