@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -q -n 2 --dist loadfile
 unit timm-tests: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test install lint unit timm-tests clean
+.PHONY: demo test gpu install lint unit timm-tests clean
 
 demo: install
 	$(BIN)/python hub/fonts/demo.py
 
 test: install lint unit timm-tests
+
+# Everything that waits for a GPU, in nine minutes; writes docs/benchmark_*_cuda.md and docs/gpu_tiles.md.
+gpu: install
+	$(BIN)/python tests/ops/gpu_day.py
 
 install: $(VENV)/.installed
 

@@ -114,6 +114,13 @@ def shuffled(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Rank correlation of two maps; 0 if one is the same everywhere, as Grad-CAM's of nothing positive."""
+    if any(x.min() == x.max() for x in (one, other)):
+        return 0.0
+    return float(scipy.stats.spearmanr(one.flatten(), other.flatten()).statistic)
+
+
 def beside(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Two images (C, H, W) in one, each as wide as half of it."""
     height, width = one.shape[-2:]
@@ -153,7 +160,7 @@ def measure(model: nn.Module, images: Sequence[torch.Tensor], targets: Sequence[
             found['road'].append(100 * float(road(image[None], values[None].float().numpy(), targets_, model)[0]))
             if method not in ('centre prior', 'chance'):
                 again = other(method, image, target)
-                found['random'].append(float(scipy.stats.spearmanr(values.flatten(), again.flatten()).statistic))
+                found['random'].append(correlation(values, again))
             if method in maps.cams:
                 found['sum'].append(maps.relative_sum(method, image, target))
             elif method == 'evidence':

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from timm_bilinear.cli import main
 from timm_bilinear.layers import list_poolings
 from timm_bilinear.layers.pooling import most_streams
 from timm_bilinear.ops import bilinear_classify, fold_symmetric_weight
-from timm_bilinear.tools import benchmark, measure
+from timm_bilinear.tools import benchmark, benchmark_head, measure
 
 CPU = torch.device('cpu')
 
@@ -40,12 +42,35 @@ def test_seconds_takes_contestants_in_turn():
 
 @pytest.mark.parametrize('channels_b', [None, 6])
 def test_table(monkeypatch, tmp_path, channels_b):
-    monkeypatch.setattr(benchmark, 'CPU_CASES', [benchmark.Case(2, 8, channels_b, 4, 3)])
+    monkeypatch.setattr(benchmark_head, 'CPU_CASES', [benchmark.Case(2, 8, channels_b, 4, 3)])
+    grid = [benchmark.Case(2, 8, channels_b, 4, 3, shared=True), benchmark.Case(1, 8, channels_b, 4, 3, threads=1)]
+    monkeypatch.setattr(benchmark_head, 'CPU_GRID', grid)
     path = tmp_path / 'new' / 'table.md'
+    before = torch.get_num_threads()
     main(['benchmark', 'head', '--repeats', '1', '--output', str(path)])
+    assert torch.get_num_threads() == before
     rows = [line.strip('| ').split(' | ') for line in path.read_text().splitlines() if line.startswith('| float32')]
-    assert [row[1] for row in rows] == ['forward', 'forward + backward', 'peak memory (without gradients)']
+    assert [row[1] for row in rows[:3]] == ['forward', 'forward + backward', 'peak memory (without gradients)']
     assert all(float(row[-1]) > 0 and row[-3].endswith(' x') for row in rows[:2])
+    assert [row[0] for row in rows[3:]] == [*map(str, grid)] and 'shared' in rows[3][0] and '1 thread' in rows[4][0]
+    assert all(float(row[i].removesuffix(' x')) > 0 for row in rows[3:] for i in (4, 8))
+    slower = sum(float(row[i].removesuffix(' x')) < 0.995 for row in rows[3:] for i in (4, 8))
+    assert f'Slower than the better of the two in {slower} of 4 figures' in path.read_text()
+
+
+def test_what_the_allocator_does_not_see_counts_too():
+    a = torch.randn(1, 145, 4, 4)
+    weight = torch.randn(200, 145 * 146 // 2, requires_grad=True)  # 8 MB
+    assert measure.peak_memory(lambda: torch.autograd.grad(bilinear_classify(a, None, weight).sum(), weight), CPU) > 8e6
+
+
+def test_rounds_end_with_the_budget():
+    calls = []
+    measure.measure_seconds({'a': lambda: calls.append(1)}, repeats=10**6, device=CPU, budget=0.05)
+    assert 6 <= len(calls) < 10**6
+    calls.clear()
+    measure.measure_seconds({'a': lambda: calls.append(time.sleep(0.1))}, repeats=10, device=CPU, budget=0.05)
+    assert len(calls) == 4
 
 
 def test_every_pooling_is_measured(monkeypatch, tmp_path):

@@ -1,7 +1,10 @@
 """Measuring: seconds and memory of contestants, and the tables that tell them."""
 
+import math
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +14,10 @@ import timm
 import torch
 
 from .._compat import cuda_sleep
+from ..ops import memory
 
 __all__ = [
+    'busy_cores',
     'describe_machine',
     'find_device',
     'format_time',
@@ -20,6 +25,7 @@ __all__ = [
     'measure_seconds',
     'peak_memory',
     'tf32',
+    'threads',
     'write',
 ]
 
@@ -29,14 +35,29 @@ def measure_seconds(
     repeats: int,
     device: torch.device,
     statistic: Callable[[List[float]], float] = statistics.median,
+    budget: float = math.inf,
 ) -> Dict[str, float]:
     """Median (or other statistic of the) seconds of each contestant, taken in turn, after three rounds of warm-up.
 
     On a GPU each run starts with a cold cache, and behind work that hides the time it takes to launch.
+
+    Args:
+        contestants: What to run, by name.
+        repeats: Rounds that are measured.
+        device: Where they run.
+        statistic: What is made of the seconds of a contestant.
+        budget: Seconds that all rounds may take; where they would take more there are fewer, but one for warm-up and
+            three.
     """
     seconds: Dict[str, List[float]] = {name: [] for name in contestants}
     cache = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == 'cuda' else None
+    warm_up, began = 3, time.perf_counter()
     for repeat in range(repeats + 3):
+        elapsed = time.perf_counter() - began
+        if repeat == 1 and 4 * elapsed > budget:  # the first round has compiled, too
+            warm_up = 1
+        if repeat >= warm_up + 3 and elapsed > budget:
+            break
         for name, run in contestants.items():
             if cache is not None:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -48,10 +69,10 @@ def measure_seconds(
                 torch.cuda.synchronize(device)
                 took = 1e-3 * start.elapsed_time(end)
             else:
-                began = time.perf_counter()
+                before = time.perf_counter()
                 run()
-                took = time.perf_counter() - began
-            if repeat >= 3:
+                took = time.perf_counter() - before
+            if repeat >= warm_up:
                 seconds[name].append(took)
     return {name: statistic(s) for name, s in seconds.items()}
 
@@ -65,7 +86,8 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with memory.counted(), torch.profiler.profile(activities=cpu, profile_memory=True) as prof:
         run()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
     peak = current = 0
@@ -106,6 +128,30 @@ def write(text: str, output: Optional[Union[str, Path]]) -> str:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(text + '\n')
     return text
+
+
+@contextmanager
+def busy_cores(count: int):
+    """So many processes that never rest, as the workers of a data loader or other users' work."""
+    processes = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(count)]
+    try:
+        if processes:
+            time.sleep(1)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
