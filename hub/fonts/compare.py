@@ -45,7 +45,7 @@ FAMILIES = (
 ).split()
 SIZE = 112  # of the images that are trained on, and of a view
 HEAD_LRS = (1e-3, 1e-2, 1e-1)  # of AdamW, with the streams
-FROZEN_LRS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of SGD with momentum, whose steps cost the same for every descriptor
+FROZEN_LRS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of SGD with momentum
 STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
 EPOCHS, FROZEN_EPOCHS = 8, 20
 BATCH_SIZE = 32
@@ -202,7 +202,7 @@ def _frozen_features(images: Path, key: str, stages: Tuple[int, ...], start: Pat
 
 
 def run_frozen(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path) -> Dict[str, Any]:
-    """As `run`, with the head alone; the seconds do not have the features in them, which all runs share."""
+    """As `run`, with the head alone: its parameters, and no seconds for the features, which all runs share."""
     network = NETWORKS[key]
     stages = network.stages if 'cross' in row else network.stages[-1:]
     features = _frozen_features(images, key, stages, start)
@@ -265,7 +265,7 @@ def _table(rows: Dict[str, Tuple[float, List[Dict[str, Any]]]]) -> str:
         [
             row,
             f'{head_lr:g}',
-            f'{results[0]["parameters"] / 1e6:.2f} M',
+            f'{results[0]["parameters"]:,}',
             *(_spread([r[k] for r in results]) for k in ('val', 'test', 'test_families')),
             f'{statistics.median(r["seconds"] for r in results):.0f}',
         ]

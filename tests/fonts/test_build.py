@@ -107,16 +107,16 @@ def test_confusions_of_fonts_that_are_not_there():
 
 def test_compare_and_report(tmp_path, images, monkeypatch, call):
     compare = importlib.import_module('compare')
-    for name, value in (('EPOCHS', 1), ('FROZEN_EPOCHS', 1), ('HEAD_LRS', (1e-3, 1e-2))):
+    for name, value in (('EPOCHS', 1), ('FROZEN_EPOCHS', 1), ('HEAD_LRS', (1e-3, 1e-2)), ('FROZEN_LRS', (1, 10))):
         monkeypatch.setattr(compare, name, value)
     file, table = tmp_path / 'runs.json', tmp_path / 'table.md'
     args = (images, file, 'resnet18', '--start', PUBLISHED, '--seeds', 1, '--table', table)
     rows = ('--rows', 'average pooling', 'sketch')
-    for frozen in ((), ('--frozen',)):
+    for frozen, parameters in (((), ['2,783,298', '2,799,170']), (('--frozen',), ['514', '16,386'])):
         done = call('compare', *args, *rows, *frozen)
         assert done.returncode == 0, done.stderr
         lines = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
-        assert [line[2] for line in lines] == ['2.78 M', '2.80 M']
+        assert [line[2] for line in lines] == parameters
     assert len(json.loads(file.read_text())['runs']) == 2 * 2 * 2
     before = file.read_bytes()
     assert call('compare', *args, *rows).returncode == 0 and file.read_bytes() == before

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_bilinear.ops.kernels import descriptors, gradients, maximum, path
+from timm_bilinear.ops.kernels import descriptors, gradients, maximum, path, slopes
 
 ARCHS = (80, 90)
 OTHERS = (86, 89, 100, 120)  # only what most models take is compiled for these
@@ -93,7 +93,7 @@ def cases(arch, everything):
 def record(arch, everything=False):
     """Launches of all cases, from tensors that have no memory."""
     launches = {}
-    for module in (descriptors, gradients, maximum):
+    for module in (descriptors, gradients, maximum, slopes):
         for name in [n for n in vars(module) if n.endswith('_kernel')]:
             setattr(module, name, Recorder(kernels.setdefault(name, getattr(module, name)), launches))
     for dtype, tf32, pool, two, small, layout, wide in cases(arch, everything):

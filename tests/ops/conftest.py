@@ -27,7 +27,7 @@ def take_kernels(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles that a few channels and locations cross: each step of each takes the interpreter a millisecond."""
-    from timm_bilinear.ops.kernels import descriptors, gradients, maximum, tiles
+    from timm_bilinear.ops.kernels import descriptors, gradients, maximum, slopes, tiles
 
     square = tiles.Config(4, 4, 4, num_warps=1, num_stages=1)
     tall = square._replace(block_i=8)  # as in backward
@@ -35,8 +35,9 @@ def small_tiles(monkeypatch):
         for module, config, names in (
             (descriptors, square, ['HALF', 'FLOAT', 'MAX']),
             (gradients, tall, ['HALF', 'FLOAT']),
-            (gradients, square, ['MAX', 'SLOPES']),
+            (gradients, square, ['MAX']),
             (maximum, square, ['CONFIG']),
+            (slopes, square, ['CONFIG']),
         ):
             for name in names:
                 monkeypatch.setattr(module, name, config)

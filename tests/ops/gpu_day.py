@@ -15,7 +15,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 
 import torch
 
-from timm_bilinear.ops.kernels import descriptors, gradients, path, tiles
+from timm_bilinear.ops.kernels import descriptors, gradients, path, slopes, tiles
 from timm_bilinear.tools.measure import describe_machine, markdown_table, measure_seconds, write
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ CANDIDATES: Dict[str, List[tiles.Config]] = {
         tiles.Config(i, j, n, num_warps=warps, num_stages=stages)
         for (i, j), n, warps, stages in product(((128, 128), (64, 128), (64, 64)), (32, 64), (4, 8), (2, 3, 4))
     ],
-    'gradients.SLOPES': [
+    'slopes.CONFIG': [
         tiles.Config(i, j, 0, num_warps=warps, num_stages=1) for i, j, warps in product((32, 64), (32, 64, 128), (4, 8))
     ],
     'gradients.HALF': [
@@ -50,7 +50,7 @@ def _runs(shape: Tuple[int, int, int]) -> Dict[str, Callable[[], None]]:
 
     return {
         'descriptors.HALF': lambda: path.forward(a, None, 'avg', 1e-10),
-        'gradients.SLOPES': lambda: backward(False),
+        'slopes.CONFIG': lambda: backward(False),
         'gradients.HALF': lambda: backward(True),
     }
 
@@ -58,7 +58,10 @@ def _runs(shape: Tuple[int, int, int]) -> Dict[str, Callable[[], None]]:
 def _tune_rows(until: float) -> Iterator[List[str]]:
     """The fastest tiles of each kernel at each shape, in bfloat16, beside those that are set."""
     for shape, (name, candidates) in product(SHAPES, CANDIDATES.items()):
-        module, constant = {'descriptors': descriptors, 'gradients': gradients}[name.split('.')[0]], name.split('.')[1]
+        module, constant = (
+            {'descriptors': descriptors, 'gradients': gradients, 'slopes': slopes}[name.split('.')[0]],
+            name.split('.')[1],
+        )
         run, current, seconds = _runs(shape)[name], getattr(module, constant), {}
         for config in [current, *candidates]:
             if time.monotonic() > until:

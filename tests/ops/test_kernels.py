@@ -151,13 +151,13 @@ def test_slopes_written_or_not(two, dtype, monkeypatch):
     if dtype == 'tf32':
         dtype = torch.float32
         monkeypatch.setattr(gradients, 'precision', lambda dtype: 'tf32')
-    written, dense_slopes = [], gradients._dense_slopes
+    written, write_slopes = [], gradients.write_slopes
 
     def counted(*args):
         written.append(len(args[0]))
-        return dense_slopes(*args)
+        return write_slopes(*args)
 
-    monkeypatch.setattr(gradients, '_dense_slopes', counted)
+    monkeypatch.setattr(gradients, 'write_slopes', counted)
     # two images at a time, and one of which a GEMM would leave the range
     monkeypatch.setattr(gradients, '_DENSE_BYTES', 2 * 11 * (9 if two else 11) * dtype.itemsize)
     a, b = features(11, 10, batch=3, dtype=dtype), features(9, 10, batch=3, dtype=dtype) if two else None

@@ -8,27 +8,14 @@ import triton.language as tl
 
 from .maximum import CONFIG as MAX
 from .maximum import max_backward_kernel, max_locations
-from .tiles import (
-    Config,
-    count_tiles,
-    dot,
-    fours,
-    is_in_fours,
-    is_wide,
-    packed_place,
-    places,
-    precision,
-    slope,
-    tile_of,
-    widened,
-)
+from .slopes import write_slopes
+from .tiles import Config, dot, fours, is_in_fours, is_wide, packed_place, precision, slope, widened
 
 __all__ = ['feature_gradients', 'logit_gradients']
 
 # Rows x channels per step, locations.
 HALF = Config(128, 32, 128, num_warps=8, num_stages=2)
 FLOAT = Config(64, 32, 64, num_warps=8, num_stages=2)
-SLOPES = Config(64, 64, 0, num_warps=4, num_stages=1)
 _DENSE_BYTES = 2**26  # of slopes that are there at a time
 
 
@@ -82,49 +69,6 @@ def _logit_gradient_kernel(
     # where the norm was clamped it is a constant
     tl.store(coefficients_ptr + 3 * image + 1, tl.where(norm <= 1e-12, 0.0, tl.sum(along) * r * r * z_factor))
     tl.store(coefficients_ptr + 3 * image + 2, tl.sqrt(eps))
-
-
-@triton.jit
-def _slope_kernel(
-    u_ptr,
-    y_ptr,
-    coefficients_ptr,
-    dz_ptr,
-    peak_ptr,
-    channels_a,
-    channels_b,
-    size,
-    tiles,
-    columns,
-    SYMMETRIC: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """A tile of dZ, unpacked, and of what mirrors it if it is symmetric; in HALF its largest magnitude too."""
-    tile = tl.program_id(0) % tiles
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    row, col = tile_of(tile, columns, SYMMETRIC)
-    i = (row * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
-    j = (col * BLOCK_J + tl.arange(0, BLOCK_J))[None, :]
-    first, place = places(i, j, row * BLOCK_I, channels_a, channels_b, SYMMETRIC)
-    keep = (i < channels_a) & (j < channels_b)
-    if SYMMETRIC:
-        keep = keep & (i <= j)
-    u = tl.load(u_ptr + image * size + first + place, mask=keep, other=0.0)
-    y = tl.load(y_ptr + image * size + first + place, mask=keep, other=0.0)
-    c1 = tl.load(coefficients_ptr + 3 * image)
-    c2 = tl.load(coefficients_ptr + 3 * image + 1)
-    root = tl.load(coefficients_ptr + 3 * image + 2)
-    dz = slope(u, y, i, j, c1, c2, root, SYMMETRIC)
-    if HALF:
-        tl.store(peak_ptr + image * tiles + tile, tl.max(tl.abs(dz)))
-    dz = dz.to(dz_ptr.dtype.element_ty)
-    dz_ptr += image * channels_a * channels_b
-    tl.store(dz_ptr + tl.cast(i, tl.int64) * channels_b + j, dz, mask=keep)
-    if SYMMETRIC:
-        mirror = tl.trans(keep.to(tl.int8)) != 0
-        tl.store(dz_ptr + tl.cast(tl.trans(j), tl.int64) * channels_b + tl.trans(i), tl.trans(dz), mask=mirror)
 
 
 @triton.jit
@@ -268,35 +212,6 @@ def _is_dense(like: torch.Tensor, config: Config) -> bool:
     return like.shape[2] > config.block_n and (like.dtype != torch.float32 or precision(like.dtype) == 'tf32')
 
 
-def _dense_slopes(
-    u: torch.Tensor, y: torch.Tensor, coefficients: torch.Tensor, a: torch.Tensor, b: Optional[torch.Tensor]
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """dZ + dZ^T or dZ, (B, Ca, Cb) in the dtype of the features, and the largest of each tile, (B, tiles)."""
-    channels_a, channels_b = a.shape[1], (a if b is None else b).shape[1]
-    tiles, columns = count_tiles(channels_a, None if b is None else channels_b, SLOPES)
-    dz = torch.empty(len(a), channels_a, channels_b, dtype=a.dtype, device=a.device)
-    peaks = coefficients.new_empty(len(a), tiles)
-    _slope_kernel[(len(a) * tiles,)](
-        u,
-        y,
-        coefficients,
-        dz,
-        peaks,
-        channels_a,
-        channels_b,
-        y.shape[1],
-        tiles,
-        columns,
-        SYMMETRIC=b is None,
-        HALF=a.dtype == torch.float16,
-        BLOCK_I=SLOPES.block_i,
-        BLOCK_J=SLOPES.block_j,
-        num_warps=SLOPES.num_warps,
-        num_stages=SLOPES.num_stages,
-    )
-    return dz, peaks
-
-
 def feature_gradients(
     u: torch.Tensor,
     y: torch.Tensor,
@@ -332,7 +247,7 @@ def feature_gradients(
         u_, y_, coefficients_, scale_, a_ = (x[part] for x in (u, y, coefficients, scale, a))
         b_ = None if b is None else b[part]
         outs = [x[part] for x in grads]
-        dz, peaks = _dense_slopes(u_, y_, coefficients_, a_, b_)
+        dz, peaks = write_slopes(u_, y_, coefficients_, a_, b_)
         torch.bmm(dz, a_ if b_ is None else b_, out=outs[0])
         if b_ is not None:
             torch.bmm(dz.transpose(1, 2), a_, out=outs[1])
