@@ -208,7 +208,9 @@ def _add_explain(commands):
     p.add_argument('model', metavar='MODEL', help=MODEL_HELP)
     p.add_argument('images', metavar='IMAGE', nargs='+', help='images, folders of them, or patterns')
     p.add_argument('--output', required=True, metavar='DIR', help='folder for the pictures')
-    p.add_argument('--target', metavar='CLASS', help='class to explain, by name or index (default: the predicted one)')
+    p.add_argument(
+        '--target', metavar='CLASS', help='class to explain, by name or index (default: the best but CONTRAST)'
+    )
     p.add_argument('--contrast', metavar='CLASS', help='class that it is compared with')
     p.add_argument('--json', metavar='FILE', help='write numbers and maps as a JSON list; - for standard output')
     p.add_argument(

@@ -57,6 +57,13 @@ def test_contrast_is_a_difference(name, streams):
     torch.testing.assert_close(sums(found), found.logit, rtol=0, atol=1e-9)
 
 
+def test_contrast_with_the_predicted_class():
+    net, x = double(pool_type='avg', **ONE), images(dtype=torch.float64)
+    first, second = net(x).topk(2)[1].unbind(1)
+    assert torch.equal(timm_bilinear.explain(net, x, contrast=first).target, second)
+    assert torch.equal(timm_bilinear.explain(net, x, contrast=second).target, first)
+
+
 @pytest.mark.parametrize('name', list_poolings())
 def test_float32(name):
     net, x = create(pool_type=name, **ONE), images()

@@ -70,6 +70,13 @@ def test_contrast(model, pictures, tmp_path):
     assert np.sum(told['map']) == pytest.approx(told['target']['evidence'] - told['contrast']['evidence'], abs=1e-4)
     assert {p.name for p in (tmp_path / 'out').iterdir()} == {'0.png', 'explain.json'}
 
+    # what is taken for the other: why not for the second best
+    (said,) = predict(model, str(pictures / '0.png'))
+    best, second = (p['name'] for p in said['predictions'][:2])
+    run(model, pictures / '0.png', '--output', tmp_path / 'out', '--contrast', best, '--json', tmp_path / 'told.json')
+    (told,) = json.loads((tmp_path / 'told.json').read_text())
+    assert (told['target']['name'], told['contrast']['name']) == (second, best) and np.std(told['map']) > 0
+
 
 def test_turned_upright(model, pictures, tmp_path):
     """A photo whose EXIF says how it is to be turned is explained as it is seen."""

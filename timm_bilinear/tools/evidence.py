@@ -18,7 +18,7 @@ from ..models import BilinearCNN
 from ..ops import without_autocast
 from ..ops.packing import triangle_indices
 
-__all__ = ['Evidence', 'PairEvidence', 'explain', 'explain_pairs']
+__all__ = ['Evidence', 'PairEvidence', 'best_class', 'explain', 'explain_pairs']
 
 Classes = Union[int, Sequence[int], torch.Tensor, None]
 
@@ -56,7 +56,8 @@ def explain(model: nn.Module, images: torch.Tensor, target: Classes = None, cont
         model: A bilinear CNN, or another model of timm whose logits are linear in the mean of its last feature map; it
             is used in eval mode.
         images: (B, C, H, W), preprocessed as the model wants them, on its device.
-        target: Class indices (B,), or one for all images; None for the class with the highest logit.
+        target: Class indices (B,), or one for all images; None for the class with the highest logit that is not
+            `contrast`.
         contrast: Class indices (B,), or one for all images, that the target is compared with.
 
     Returns:
@@ -154,15 +155,22 @@ def _open(model: nn.Module, images: torch.Tensor, target: Classes, contrast: Cla
             module.training = True
 
 
+def best_class(scores: torch.Tensor, contrast: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Classes (B,) with the highest of the scores (B, K); of those that are not `contrast` (B,), if that is given."""
+    if contrast is not None:
+        scores = scores.scatter(1, contrast[:, None], -torch.inf)
+    return scores.argmax(1)
+
+
 @torch.no_grad()
 def _take_apart(model: nn.Module, images: torch.Tensor, target: Classes, contrast: Classes) -> _Found:
     features = model.forward_features(images)
     if not isinstance(features, torch.Tensor) or features.ndim != 4:
         raise ValueError(f'{_name(model)} has no feature map (B, C, h, w) that its logits are made of.')
     logits = model.forward_head(features)
-    target = logits.argmax(1) if target is None else _class_indices('target', target, logits)
     if contrast is not None:
         contrast = _class_indices('contrast', contrast, logits)
+    target = best_class(logits, contrast) if target is None else _class_indices('target', target, logits)
     if isinstance(model, BilinearCNN):
         z, parts, grid = _bilinear_parts(model, features)
         classify = model.head.fc

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..hub.partial import partial_path
 from .channel_pairs import draw_channel_pairs
-from .evidence import Evidence, explain
+from .evidence import Evidence, best_class, explain
 from .evidence_pictures import Panel, draw_evidence, draw_panels
 from .inference import label_descriptions, label_names, load, model_name
 from .interrupt import Interrupted, Terminated
@@ -132,7 +132,11 @@ class Explainer:
         """
         pixels, boxes, probabilities = choose_views(self.net, batch) if chosen is None else chosen
         # by all views, as `predict` says it; the one that is explained may be of another opinion
-        target = probabilities.argmax(1) if self.target is None else self.target
+        target = self.target
+        if target is None:
+            contrast = self.contrast
+            against = None if contrast is None else torch.full_like(probabilities[:, 0], contrast, dtype=torch.int64)
+            target = best_class(probabilities, against)
         with torch.inference_mode(False):
             one = explain(self.net, pixels, target)
             other = None if self.contrast is None else explain(self.net, pixels, self.contrast)
