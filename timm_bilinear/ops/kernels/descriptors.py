@@ -3,7 +3,6 @@
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -197,6 +196,16 @@ def _is_small(programs: int, device: torch.device) -> bool:
     return programs < (torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 0)
 
 
+def _long_rows(x: torch.Tensor) -> torch.Tensor:
+    """Features (B, C, N) in rows of a multiple of 16 locations, of which those that are new are 0 and add nothing.
+
+    What does not start at a multiple of four is loaded one by one, which takes longer than to copy it.
+    """
+    rows = x.new_zeros(*x.shape[:2], -(-x.shape[2] // 16) * 16)
+    rows[:, :, : x.shape[2]] = x
+    return rows
+
+
 def descriptors(
     a: torch.Tensor,
     b: Optional[torch.Tensor],
@@ -217,14 +226,12 @@ def descriptors(
     size = packed_size(channels) if b is None else channels * channels_b
     x = a if b is None else b
     divisor = locations if pool == 'avg' else 1
-    is_wide_ = is_wide(a, b)
+    wide = is_wide(a, b)
     in_fours = is_in_fours(a) and is_in_fours(x)
     aligned = in_fours or all(stride == 1 or stride % 16 == 0 for stride in (*a.stride(), *x.stride()))
-    if not aligned and not is_wide_ and pool != 'max':
-        # What does not start at multiples of four is loaded one by one: a copy costs less. Zeros add nothing.
-        a, x = (
-            (F.pad(t, (0, -locations % 16)) for t in (a, x)) if b is not None else (F.pad(a, (0, -locations % 16)),) * 2
-        )
+    if not aligned and not wide and pool != 'max':
+        a = _long_rows(a)
+        x = a if b is None else _long_rows(b)
         locations, aligned = a.shape[2], True
     y = a.new_empty(batch, size, dtype=dtype)
     first, second = a.new_empty(2, batch, tiles, dtype=torch.float32)
@@ -251,7 +258,7 @@ def descriptors(
             AGAIN=again,
             HALF=a.dtype == torch.float16,
             MAX=pool == 'max',
-            WIDE=is_wide_,
+            WIDE=wide,
             FOURS=in_fours,
             PRECISION=precision(a.dtype),
             BLOCK_I=config.block_i,
