@@ -75,7 +75,7 @@ def cases(arch, everything):
     the rest another one in each, so that both GPUs together have it with every type.
     """
     if arch in OTHERS:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16) if everything else (torch.bfloat16,):
             yield dtype, False, 'avg', False, False, 'fours', False
         return
     types = (torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)
