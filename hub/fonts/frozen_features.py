@@ -74,9 +74,8 @@ def train_head(
     """
     random_seed(seed)
     began = time.process_time()
-    inputs = {
-        split: x.maps.flatten(0, 1).clone() for split, x in features.items()
-    }  # inference tensors take no gradient
+    # copies, since inference tensors take no gradient
+    inputs = {split: x.maps.flatten(0, 1).clone() for split, x in features.items()}
     network: nn.Module = head
     if type(head.fc) is nn.Linear and all(name.startswith('fc.') for name, _ in head.named_parameters()):
         head.eval()
@@ -90,7 +89,7 @@ def train_head(
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
     steps = epochs * -(-count // batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best, best_state = -1.0, {}
+    best, best_state = 0.0, copy.deepcopy(network.state_dict())  # what there is if it diverges at once
     for _ in range(epochs):
         network.train()
         for batch in torch.randperm(count).split(batch_size):

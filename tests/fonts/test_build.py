@@ -197,3 +197,12 @@ def test_publish(tmp_path, images, small_run, call):
     assert f'| images | 6 | {top1:.1f} ± ' in card and f'| top-1, test | {top1:.2f} % |' in card
     sizes = [os.path.getsize(folder / 'model.safetensors') for folder in (tmp_path / 'repo', args[0])]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_head_that_diverges_at_once():
+    frozen = importlib.import_module('frozen_features')
+    head = timm.create_model('bcnn', backbone_a='test_resnet', num_classes=3).head
+    maps = torch.full((1, 6, head.in_features, 2, 2), torch.nan)
+    features = dict.fromkeys(('train', 'val', 'test'), frozen.Features(maps, torch.arange(6) % 3))
+    result = frozen.train_head(head, features, lr=1.0, epochs=2, batch_size=3, seed=0)
+    assert result.val_top1 == 0 and result.predictions.shape == (6,)

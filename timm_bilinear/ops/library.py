@@ -20,27 +20,6 @@ from .reference import compute_dtype
 __all__ = ['bilinear_classify', 'bilinear_pool']
 
 
-_library = torch.library.Library('timm_bilinear', 'FRAGMENT')
-_ops = torch.ops.timm_bilinear
-
-
-def _define(function):
-    """Define an op of the CPU and the GPU by its function.
-
-    As `torch.library.custom_op` does it, but for the checks at every call: they take as long as a small head.
-    """
-    name = function.__name__
-    schema = torch.library.infer_schema(function, mutates_args=())
-    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ('CPU', 'CUDA'):
-        _library.impl(name, function, key)
-    return getattr(_ops, name).default
-
-
-def _register_fake(op):
-    return torch.library.register_fake(op, lib=_library)
-
-
 def _path(x: Tensor):
     if x.device.type == 'cpu':
         return cpu
@@ -92,21 +71,21 @@ def _one_by_one(op):
         outputs = [torch.stack(tensors) for tensors in zip(*batches)]
         return outputs, [0] * len(outputs)
 
-    torch.library.register_vmap(op, run, lib=_library)
+    op.register_vmap(run)
 
 
-@_define
+@torch.library.custom_op('timm_bilinear::bilinear_pool', mutates_args=(), device_types=('cpu', 'cuda'))
 def bilinear_pool(a: Tensor, b: Optional[Tensor], pool: str, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
     """See `forward` of the device's path."""
     return _path(a).forward(a, b, pool, eps)
 
 
-@_register_fake(bilinear_pool)
+@bilinear_pool.register_fake
 def _(a, b, pool, eps):
     return _fake_descriptors(a, b, torch.float32 if a.dtype == torch.float16 else a.dtype)
 
 
-@_define
+@torch.library.custom_op('timm_bilinear::bilinear_pool_backward', mutates_args=(), device_types=('cpu', 'cuda'))
 def bilinear_pool_backward(
     grad: Tensor,
     y: Tensor,
@@ -121,7 +100,7 @@ def bilinear_pool_backward(
     return _with_absent(a, grads[0], None if b is None else grads[1])
 
 
-@_register_fake(bilinear_pool_backward)
+@bilinear_pool_backward.register_fake
 def _(grad, y, scale, a, b, pool, eps):
     return _with_absent(a, *_fake_gradients(a, b))
 
@@ -152,7 +131,7 @@ def _pool_backward(ctx, grad, grad_norm, _scale):
     return grads[0], None if b is None else grads[1], None, None
 
 
-@_define
+@torch.library.custom_op('timm_bilinear::bilinear_classify', mutates_args=(), device_types=('cpu', 'cuda'))
 def bilinear_classify(
     a: Tensor,
     b: Optional[Tensor],
@@ -171,14 +150,14 @@ def bilinear_classify(
     return _path(a).classify(a, b, weight if narrow is None else narrow, bias, pool, eps)
 
 
-@_register_fake(bilinear_classify)
+@bilinear_classify.register_fake
 def _(a, b, weight, bias, pool, eps, recompute, narrow):
     y, norm, scale = _fake_descriptors(a, b, a.dtype)
     logits = a.new_empty(a.shape[0], weight.shape[0])
     return logits, logits.new_empty(logits.shape, dtype=norm.dtype), y, norm, scale
 
 
-@_define
+@torch.library.custom_op('timm_bilinear::bilinear_classify_backward', mutates_args=(), device_types=('cpu', 'cuda'))
 def bilinear_classify_backward(
     grad: Tensor,
     scores: Tensor,
@@ -204,7 +183,7 @@ def bilinear_classify_backward(
     return _with_absent(a, grad_a, grad_b, grad_weight)
 
 
-@_register_fake(bilinear_classify_backward)
+@bilinear_classify_backward.register_fake
 def _(grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory, weight_dtype):
     grads = _fake_gradients(a, b) if need_features else (None, None)
     return _with_absent(a, *grads, weight.new_empty(weight.shape, dtype=weight_dtype) if need_weight else None)
@@ -255,24 +234,32 @@ def _classify_backward(ctx, grad, *_):
     return grad_a, grad_b, grads[2] if need_weight else None, grad_bias, None, None, None, None
 
 
-torch.library.register_autograd(bilinear_pool, _pool_backward, setup_context=_pool_setup, lib=_library)
-torch.library.register_autograd(bilinear_classify, _classify_backward, setup_context=_classify_setup, lib=_library)
+bilinear_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
+bilinear_classify.register_autograd(_classify_backward, setup_context=_classify_setup)
 _one_by_one(bilinear_pool_backward)
 _one_by_one(bilinear_classify_backward)
 
-
 # Autocast changes nothing within the ops: half-precision features are multiplied as they are, all else is float32.
+_autocast = torch.library.Library('timm_bilinear', 'FRAGMENT')
+
+
 def _ignore_autocast(op, device_type: str):
     def run(*args):
         with torch.autocast(device_type, enabled=False):
             return op(*args)
 
-    _library.impl(op.name(), run, f'Autocast{device_type.upper()}')
+    _autocast.impl(op.name(), run, f'Autocast{device_type.upper()}')
 
 
+_ops = torch.ops.timm_bilinear
 for _device_type in ('cpu', 'cuda'):
-    for _op in (bilinear_pool, bilinear_pool_backward, bilinear_classify, bilinear_classify_backward):
-        _ignore_autocast(_op, _device_type)
+    for _op in (
+        _ops.bilinear_pool,
+        _ops.bilinear_pool_backward,
+        _ops.bilinear_classify,
+        _ops.bilinear_classify_backward,
+    ):
+        _ignore_autocast(_op.default, _device_type)
 
 
 def _pool_flops(a, b) -> int:
