@@ -211,7 +211,7 @@ def _add_explain(commands):
     p.add_argument(
         '--target', metavar='CLASS', help='class to explain, by name or index (default: the best but CONTRAST)'
     )
-    p.add_argument('--contrast', metavar='CLASS', help='class that it is compared with')
+    p.add_argument('--contrast', metavar='CLASS', help="class that it is compared with, or 'rest': the others' mean")
     p.add_argument('--json', metavar='FILE', help='write numbers and maps as a JSON list; - for standard output')
     p.add_argument(
         '--pairs',

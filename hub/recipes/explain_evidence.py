@@ -19,7 +19,7 @@ import random
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple, Union
 
 import numpy as np
 import scipy.stats
@@ -37,7 +37,8 @@ from timm_bilinear.tools.measure import markdown_table, write
 from timm_bilinear.tools.prediction import find_sources
 from timm_bilinear.tools.shown_images import ImageReader, choose_views, read_batches
 
-METHODS = ('evidence', 'Grad-CAM', 'HiResCAM', 'centre prior', 'chance')
+_RATHER = ', rather than the rest'
+METHODS = ('evidence', f'evidence{_RATHER}', 'Grad-CAM', 'HiResCAM', f'HiResCAM{_RATHER}', 'centre prior', 'chance')
 _STEPS = 10
 _PAIRS = 200
 
@@ -64,16 +65,23 @@ class Maps:
         self.cams = {name: cam(self.split, [self.split.map]) for name, cam in kinds.items()}
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, method: str, image: torch.Tensor, target: int, contrast: Optional[int] = None) -> torch.Tensor:
+    def __call__(
+        self, method: str, image: torch.Tensor, target: int, contrast: Union[int, str, None] = None
+    ) -> torch.Tensor:
         height, width = image.shape[-2:]
-        if method == 'evidence':
+        name = method.removesuffix(_RATHER)
+        if name != method:
+            contrast = 'rest'
+        if name == 'evidence':
             values = explain(self.model, image[None], target, contrast).maps
-        elif method in self.cams:
+        elif name in self.cams:
 
             def score(logits):
+                if contrast == 'rest':
+                    return logits[target] - (logits.sum() - logits[target]) / (len(logits) - 1)
                 return logits[target] - (0 if contrast is None else logits[contrast])
 
-            return torch.from_numpy(self.cams[method](image[None], [score])[0]).double()
+            return torch.from_numpy(self.cams[name](image[None], [score])[0]).double()
         elif method == 'chance':
             values = torch.randn(1, 7, 7, generator=self.generator)
         else:

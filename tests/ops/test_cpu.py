@@ -53,8 +53,19 @@ def test_nan_is_the_maximum():
     assert z[0, 1].isnan().all() and z[1].isfinite().all()
 
 
+@pytest.fixture
+def always_huge(monkeypatch):
+    monkeypatch.setattr(memory, '_LARGE', 2**20)
+
+
+def test_which_memory_is_mapped():
+    """What malloc maps anew each time has a mapping of its own; the rest comes from malloc, to be used again."""
+    assert memory.empty((7, 2**20), torch.float32).untyped_storage().resizable()  # 28 MiB
+    assert memory.empty((9, 2**20), torch.float32).untyped_storage().resizable() == (memory._ADVICE is None)
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_memory(dtype):
+def test_memory(dtype, always_huge):
     large = memory.empty((64, 512, 128), dtype)
     assert large.shape == (64, 512, 128) and large.dtype == dtype and large.is_contiguous()
     assert large.fill_(3).eq(3).all() and large.data_ptr() % 64 == 0
@@ -65,7 +76,7 @@ def test_memory(dtype):
         got.fill_(1)
 
 
-def test_memory_without_huge_pages(monkeypatch):
+def test_memory_without_huge_pages(monkeypatch, always_huge):
     def refuse(*_, **__):
         raise OSError
 
@@ -75,7 +86,7 @@ def test_memory_without_huge_pages(monkeypatch):
             assert memory.empty((64, 512, 128), torch.float32).shape == (64, 512, 128)
 
 
-def test_gradients_can_be_used_as_any():
+def test_gradients_can_be_used_as_any(always_huge):
     # Large ones lie in memory of another kind: saved, pickled, shared, and added to.
     a = torch.randn(16, 128, 14, 14, requires_grad=True)
     weight = torch.randn(200, 128 * 129 // 2, requires_grad=True)

@@ -13,7 +13,7 @@ import timm_bilinear
 from timm_bilinear.layers import BilinearPooling, list_poolings
 from timm_bilinear.layers.pooling import most_streams
 from timm_bilinear.ops import unfold_symmetric_weight
-from timm_bilinear.tools.evidence import explain_pairs
+from timm_bilinear.tools.evidence import explain_beside, explain_pairs
 
 STREAMS = [(name, n) for name in list_poolings() for n in ('one', 'two') if n == 'one' or most_streams(name) > 1]
 KWARGS = {'one': ONE, 'two': GRIDS}
@@ -55,6 +55,45 @@ def test_contrast_is_a_difference(name, streams):
     torch.testing.assert_close(found.maps, one.maps - other.maps, rtol=0, atol=1e-9)
     torch.testing.assert_close(found.logit, one.logit - other.logit, rtol=0, atol=1e-12)
     torch.testing.assert_close(sums(found), found.logit, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('name, streams', STREAMS)
+def test_rather_than_the_rest(name, streams):
+    """The mean of the other classes, as their own maps give it."""
+    net, x = double(pool_type=name, **KWARGS[streams]), images(dtype=torch.float64)
+    found = timm_bilinear.explain(net, x, 1, 'rest')
+    each = [timm_bilinear.explain(net, x, k) for k in range(net.num_classes)]
+    others = [one for k, one in enumerate(each) if k != 1]
+    for key in ('maps', 'logit', 'bias', 'unlocated'):
+        wanted = getattr(each[1], key) - sum(getattr(one, key) for one in others) / len(others)
+        torch.testing.assert_close(getattr(found, key), wanted, rtol=0, atol=1e-9)
+    assert found.contrast == 'rest' and torch.equal(found.target, torch.tensor([1, 1]))
+    torch.testing.assert_close(sums(found), found.logit, rtol=0, atol=1e-9)
+    one, rather = explain_beside(net, x)
+    assert torch.equal(one.target, net(x).argmax(1)) and torch.equal(rather.target, one.target)
+    for i in range(2):
+        assert torch.allclose(one.maps[i], each[one.target[i]].maps[i], rtol=0, atol=1e-9)
+
+
+def test_rest_is_what_a_softmax_sees():
+    """What is added to the weights of every class changes the evidence of each, and not what speaks for it rather."""
+    net, x = double(**ONE), images(dtype=torch.float64)
+    alone, rather = (timm_bilinear.explain(net, x, 2, c) for c in (None, 'rest'))
+    with torch.no_grad():
+        net.head.fc.weight += torch.randn_like(net.head.fc.weight[:1])
+    again, rather_again = (timm_bilinear.explain(net, x, 2, c) for c in (None, 'rest'))
+    assert (alone.maps - again.maps).abs().max() > 1e-3
+    torch.testing.assert_close(rather.maps, rather_again.maps, rtol=0, atol=1e-9)
+
+
+def test_classifier_in_training():
+    """A classifier of one's own with dropout is explained as it predicts, whatever mode the model is in."""
+    net, x = create(**ONE), images()
+    net.head.fc = nn.Sequential(nn.Dropout(0.9), net.head.fc)
+    wanted = net.eval()(x).detach()
+    found = timm_bilinear.explain(net.train(), x, 0, 'rest')
+    torch.testing.assert_close(sums(found), wanted[:, 0] - wanted[:, 1:].mean(1), rtol=0, atol=1e-4)
+    assert net.head.fc.training
 
 
 def test_contrast_with_the_predicted_class():
@@ -197,6 +236,7 @@ def test_the_model_is_left_as_it_was():
         ((images(), 5), ValueError, "'target' must be within 0 and 4, got .5, 5."),
         ((images(), -1), ValueError, "'target'"),
         ((images(), 0, 7), ValueError, "'contrast'"),
+        ((images(), 0, 'others'), TypeError, "'contrast' must be class indices or 'rest'"),
         ((images(), [0, 1, 2]), ValueError, r"'target' must be one index or 2.*\(3,\)"),
         ((images(), 1.0), TypeError, "'target'"),
         ((images(), 'cat'), TypeError, "'target'.*'cat'"),

@@ -78,6 +78,32 @@ def test_contrast(model, pictures, tmp_path):
     assert (told['target']['name'], told['contrast']['name']) == (second, best) and np.std(told['map']) > 0
 
 
+def test_rather_than_the_rest(model, pictures, tmp_path):
+    args = ('--target', 'dog', '--contrast', 'rest', '--json', tmp_path / 'told.json')
+    run(model, pictures / '0.png', '--output', tmp_path / 'out', *args)
+    (told,) = json.loads((tmp_path / 'told.json').read_text())
+    dog, rest = told['target'], told['contrast']
+    assert (rest['name'], rest['index']) == ('the other classes', None)
+    assert rest['probability'] == pytest.approx(1 - dog['probability'], abs=1e-6)
+    each = []
+    for name in NAMES:
+        run(model, pictures / '0.png', '--output', tmp_path / 'out', '--target', name, '--json', tmp_path / 'one.json')
+        each += json.loads((tmp_path / 'one.json').read_text())
+    for key in ('logit', 'bias', 'evidence'):
+        mean = np.mean([t['target'][key] for t in each if t['target']['name'] != 'dog'])
+        assert rest[key] == pytest.approx(mean, abs=1e-4)
+    assert np.sum(told['map']) == pytest.approx(dog['evidence'] - rest['evidence'], abs=1e-4)
+
+
+def test_class_called_rest(pictures, tmp_path):
+    """A class of the user's own goes before the word."""
+    save_model(timm.create_model('bcnn', **ONE), tmp_path / 'model', label_names=['rest', *NAMES[1:]])
+    args = ('--target', 'dog', '--contrast', 'rest', '--json', tmp_path / 'told.json')
+    run(tmp_path / 'model', pictures / '0.png', '--output', tmp_path / 'out', *args)
+    (told,) = json.loads((tmp_path / 'told.json').read_text())
+    assert (told['contrast']['name'], told['contrast']['index']) == ('rest', 0)
+
+
 def test_turned_upright(model, pictures, tmp_path):
     """A photo whose EXIF says how it is to be turned is explained as it is seen."""
     with Image.open(pictures / '0.png') as file:

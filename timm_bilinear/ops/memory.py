@@ -9,7 +9,7 @@ import torch
 
 __all__ = ['counted', 'empty', 'empty_like']
 
-_LARGE = 4 * 2**20  # bytes, two huge pages: below, the allocator has memory at hand that it was given back
+_LARGE = 32 * 2**20  # bytes: below, glibc's malloc has memory at hand that it was given back; from there it maps anew
 _ADVICE = getattr(mmap, 'MADV_HUGEPAGE', None)  # of Linux
 
 
@@ -30,6 +30,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     Memory that was not used before is given by the kernel page by page at the first write, which for the 105 MB
     gradient of a classifier's weight takes longer than to compute it. PyTorch leaves the pages at 4 KB where the
     kernel's setting is 'madvise', as most distributions have it; NumPy asks for huge ones as here.
+
+    Smaller results come from PyTorch's allocator: once used, their memory is used again, where even huge pages would be
+    cleared each time.
 
     Args:
         shape: Sizes.

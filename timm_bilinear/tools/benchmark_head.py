@@ -4,12 +4,12 @@ Rows are measured in one process, all contestants in turn within each repeat, an
 """
 
 import math
-import textwrap
+import statistics
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Union
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -232,24 +232,35 @@ def _head_rows(case: Case, repeats: int, device: torch.device) -> List[List[str]
     return rows
 
 
+def _summary(ratios: List[Tuple[Case, str, float]]) -> str:
+    """How we do by number of channels: figures, those where we are slower, the median, the worst."""
+    rows = []
+    for channels in sorted({case.channels for case, _, _ in ratios}):
+        found = [r for r in ratios if r[0].channels == channels]
+        case, what, worst = min(found, key=lambda r: r[2])
+        slower = sum(ratio < 1 for _, _, ratio in found)
+        median = statistics.median(ratio for _, _, ratio in found)
+        rows.append([str(channels), str(len(found)), str(slower), f'{median:.2f} x', f'{worst:.2f} x: {case}, {what}'])
+    return markdown_table(['channels', 'figures', 'slower', 'median', 'worst'], rows)
+
+
 def _grid(repeats: int, device: torch.device) -> str:
-    """A row for each case of the grid, and how often we are slower than the better of the others."""
-    rows, slower, figures = [], [], 0
+    """A row for each case of the grid, and where we are slower than the better of the others."""
+    rows, ratios = [], []
     for case in tqdm(CPU_GRID, unit='case'):
         with _surroundings(case, device):
             seconds = _Contest(case, device).seconds(repeats, _BUDGET)
         row = [str(case)]
         for what, s in seconds.items():
-            ratio = min(s['eager'], s['compiled']) / s['ours']
+            ratio = round(min(s['eager'], s['compiled']) / s['ours'], 2)
             row += [format_time(s[k]) for k in s] + [f'{ratio:.2f} x']
-            figures += 1
-            slower += [f'{case} ({what}, {ratio:.2f} x)'] * (ratio < 1)
+            ratios.append((case, what, ratio))
         rows.append(row)
+    slower = sum(ratio < 1 for _, _, ratio in ratios)
     times = ["article's", 'compiled', 'ours', 'against the better']
-    summary = f'Slower than the better of the two in {len(slower)} of {figures} figures' + ': ' * bool(slower)
     return (
-        '\n\n## Shapes\n\n'
-        + '\n'.join(textwrap.wrap(summary + '; '.join(slower) + '.', 120))
+        f'\n\n## Shapes\n\nSlower than the better of the two in {slower} of {len(ratios)} figures:\n\n'
+        + _summary(ratios)
         + '\n\n'
         + markdown_table(['case', *(f'{what}: {t}' for what in ('forward', 'with backward') for t in times)], rows)
     )

@@ -2,7 +2,7 @@
 
 import heapq
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 from PIL import Image
 from torch import nn
@@ -23,7 +23,7 @@ def draw_channel_pairs(
     sources: Sequence[Source],
     read: ImageReader,
     target: int,
-    contrast: Optional[int],
+    contrast: Union[int, str, None],
     count: int,
 ) -> Tuple[List[Dict[str, Any]], Image.Image]:
     """Find the pairs of channels that give most to a class on average, and the images that each gives most in.
@@ -33,7 +33,7 @@ def draw_channel_pairs(
         sources: Images, of which some can be read.
         read: Reads them.
         target: Class.
-        contrast: Class that it is compared with, or None.
+        contrast: Class that it is compared with, 'rest' or None.
         count: Number of pairs.
 
     Returns:

@@ -6,8 +6,9 @@ divided by the degree, sums to w . z by Euler's theorem. With the factor's own g
 descriptor does not change with the features' scale, which is why Grad-CAM's maps of these networks sum to nothing.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.utils import unwrap_model
@@ -18,9 +19,11 @@ from ..models import BilinearCNN
 from ..ops import without_autocast
 from ..ops.packing import triangle_indices
 
-__all__ = ['Evidence', 'PairEvidence', 'best_class', 'explain', 'explain_pairs']
+__all__ = ['REST', 'Evidence', 'PairEvidence', 'best_class', 'explain', 'explain_beside', 'explain_pairs']
 
 Classes = Union[int, Sequence[int], torch.Tensor, None]
+REST = 'rest'  # as `contrast`: the mean of all other classes
+Contrast = Union[Classes, str]
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Evidence:
         target: (B,) class indices.
         logit: (B,) the class's logit, less that of `contrast`.
         bias: (B,) the classifier's bias of the class, less that of `contrast`.
-        contrast: (B,) class indices, or None.
+        contrast: (B,) class indices, 'rest' or None.
         unlocated: (B,) what a class token gives, which has no location; else 0.
         channels: (B, C) what each channel gives to the sum, of each stream as it is pooled; none for a pooling of
             several parts.
@@ -44,12 +47,12 @@ class Evidence:
     target: torch.Tensor
     logit: torch.Tensor
     bias: torch.Tensor
-    contrast: Optional[torch.Tensor]
+    contrast: Union[torch.Tensor, str, None]
     unlocated: torch.Tensor
     channels: Tuple[torch.Tensor, ...]
 
 
-def explain(model: nn.Module, images: torch.Tensor, target: Classes = None, contrast: Classes = None) -> Evidence:
+def explain(model: nn.Module, images: torch.Tensor, target: Classes = None, contrast: Contrast = None) -> Evidence:
     """Tell where the evidence for a class lies in images, or for one class rather than another.
 
     Args:
@@ -58,7 +61,9 @@ def explain(model: nn.Module, images: torch.Tensor, target: Classes = None, cont
         images: (B, C, H, W), preprocessed as the model wants them, on its device.
         target: Class indices (B,), or one for all images; None for the class with the highest logit that is not
             `contrast`.
-        contrast: Class indices (B,), or one for all images, that the target is compared with.
+        contrast: Class indices (B,), or one for all images, that the target is compared with; or 'rest', the mean of
+            all other classes. A softmax does not see what speaks for every class alike, so maps of a class alone may
+            show much that does not decide.
 
     Returns:
         The evidence, in the dtype of the features, float32 at least. It is exact at the last feature map; what a
@@ -68,11 +73,17 @@ def explain(model: nn.Module, images: torch.Tensor, target: Classes = None, cont
         TypeError: If `images` are no tensor, or classes no indices.
         ValueError: If shapes or indices are wrong, or there is no such sum for the model.
     """
-    found = _open(model, images, target, contrast)
-    maps, channels, unlocated = _locate(found)
-    bias = found.logit - (found.weight * found.z).sum(1)
-    maps = maps.unflatten(1, found.grid)
-    return Evidence(maps, found.target, found.logit, bias, found.contrast, unlocated, channels)
+    with _opened(model, images) as found:
+        return _evidence(found, target, contrast)
+
+
+def explain_beside(
+    model: nn.Module, images: torch.Tensor, target: Classes = None, contrast: Contrast = REST
+) -> Tuple[Evidence, Evidence]:
+    """What `explain` tells of a class alone, and of the same class rather than `contrast`, by one pass."""
+    with _opened(model, images) as found:
+        rather = _evidence(found, target, contrast)
+        return _evidence(found, rather.target, None), rather
 
 
 @dataclass
@@ -94,7 +105,7 @@ def explain_pairs(
     model: nn.Module,
     images: torch.Tensor,
     target: Classes = None,
-    contrast: Classes = None,
+    contrast: Contrast = None,
     pairs: Union[int, Sequence[int]] = 10,
 ) -> PairEvidence:
     """Tell which pairs of channels speak for a class, and where.
@@ -107,11 +118,11 @@ def explain_pairs(
     Raises:
         TypeError, ValueError: As for `explain`.
     """
-    found = _open(model, images, target, contrast)
     pool = unwrap_model(model).head.pool if isinstance(unwrap_model(model), BilinearCNN) else None
     if not isinstance(pool, ExactPooling) or pool.reduction == 'max':
         raise ValueError("Pairs of channels are told of the poolings 'avg' and 'sum'.")
-    shares = found.weight * found.z
+    with _opened(model, images) as found:
+        shares = _choose(found, target, contrast).weight * found.z
     places = shares.sum(0).topk(min(pairs, shares.shape[1])).indices if isinstance(pairs, int) else torch.tensor(pairs)
     places = places.to(shares.device)
     maps = [x.detach() for x in found.parts[0].variables]
@@ -127,18 +138,27 @@ def explain_pairs(
 
 
 class _Found(NamedTuple):
-    """What evidence is made of: descriptors z (B, D), their parts, the grid, classes, logits and their gradients."""
+    """What evidence is made of: descriptors z (B, D), their parts, the grid, and the classifier with its logits."""
 
     z: torch.Tensor
     parts: List[Terms]
     grid: Tuple[int, int]
+    classify: nn.Module
+    logits: torch.Tensor
+
+
+class _Chosen(NamedTuple):
+    """Classes (B,), the logit of each, less that of `contrast`, and its gradient (B, D)."""
+
     target: torch.Tensor
-    contrast: Optional[torch.Tensor]
+    contrast: Union[torch.Tensor, str, None]
     logit: torch.Tensor
     weight: torch.Tensor
 
 
-def _open(model: nn.Module, images: torch.Tensor, target: Classes, contrast: Classes) -> _Found:
+@contextmanager
+def _opened(model: nn.Module, images: torch.Tensor) -> Iterator[_Found]:
+    """What evidence of images is made of, while the model is in eval mode."""
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         raise TypeError("'images' must be a floating point tensor (B, C, H, W).")
     if images.ndim != 4 or not len(images):
@@ -149,7 +169,7 @@ def _open(model: nn.Module, images: torch.Tensor, target: Classes, contrast: Cla
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return _take_apart(model, images, target, contrast)
+        yield _take_apart(model, images)
     finally:
         for module in was_training:
             module.training = True
@@ -163,21 +183,18 @@ def best_class(scores: torch.Tensor, contrast: Optional[torch.Tensor] = None) ->
 
 
 @torch.no_grad()
-def _take_apart(model: nn.Module, images: torch.Tensor, target: Classes, contrast: Classes) -> _Found:
+def _take_apart(model: nn.Module, images: torch.Tensor) -> _Found:
     features = model.forward_features(images)
     if not isinstance(features, torch.Tensor) or features.ndim != 4:
         raise ValueError(f'{_name(model)} has no feature map (B, C, h, w) that its logits are made of.')
     logits = model.forward_head(features)
-    if contrast is not None:
-        contrast = _class_indices('contrast', contrast, logits)
-    target = best_class(logits, contrast) if target is None else _class_indices('target', target, logits)
     if isinstance(model, BilinearCNN):
         z, parts, grid = _bilinear_parts(model, features)
         classify = model.head.fc
     else:
         z, parts, grid = _mean_parts(model, features, logits)
         classify = model.get_classifier()
-    return _Found(z, parts, grid, target, contrast, *_linear(classify, z, target, contrast))
+    return _Found(z, parts, grid, classify, logits)
 
 
 def _name(model: nn.Module) -> str:
@@ -247,28 +264,48 @@ def _mean_parts(
     return z, parts, features.shape[-2:]
 
 
-def _linear(
-    classify: nn.Module, z: torch.Tensor, target: torch.Tensor, contrast: Optional[torch.Tensor]
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def _choose(found: _Found, target: Classes, contrast: Contrast) -> _Chosen:
     """The logit of an affine classifier, or the difference of two, and its gradient (B, D), whatever the module is."""
+    logits = found.logits
+    if isinstance(contrast, str):
+        if contrast != REST:
+            raise TypeError(f"'contrast' must be class indices or '{REST}', got {contrast!r}.")
+        if logits.shape[1] == 1:
+            raise ValueError("'model' has one class, so there is no rest to compare it with.")
+    elif contrast is not None:
+        contrast = _class_indices('contrast', contrast, logits)
+    if target is None:
+        target = best_class(logits, contrast if isinstance(contrast, torch.Tensor) else None)
+    else:
+        target = _class_indices('target', target, logits)
     with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        dtype = next((p.dtype for p in classify.parameters() if p.is_floating_point()), z.dtype)
-        logits = classify(z if dtype == z.dtype else z.to(dtype)).to(z.dtype)
+        z = found.z.detach().requires_grad_()
+        dtype = next((p.dtype for p in found.classify.parameters() if p.is_floating_point()), z.dtype)
+        logits = found.classify(z if dtype == z.dtype else z.to(dtype)).to(z.dtype)
         logit = logits.gather(1, target[:, None])[:, 0]
-        if contrast is not None:
+        if isinstance(contrast, str):
+            others = torch.ones_like(logits).scatter(1, target[:, None], 0.0)
+            logit = logit - (logits * others).sum(1) / (logits.shape[1] - 1)
+        elif contrast is not None:
             logit = logit - logits.gather(1, contrast[:, None])[:, 0]
         (weight,) = torch.autograd.grad(logit.sum(), z)
-    return logit.detach(), weight
+    return _Chosen(target, contrast, logit.detach(), weight)
 
 
-def _locate(found: _Found) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], torch.Tensor]:
-    """Maps (B, N), what each channel gives (B, C) by stream, and what has no location (B,)."""
-    sums = found.weight * found.z
+def _evidence(found: _Found, target: Classes, contrast: Contrast) -> Evidence:
+    chosen = _choose(found, target, contrast)
+    sums = chosen.weight * found.z
+    maps, channels, unlocated = _locate(found.parts, sums)
+    maps = maps.unflatten(1, found.grid)
+    return Evidence(maps, chosen.target, chosen.logit, chosen.logit - sums.sum(1), chosen.contrast, unlocated, channels)
+
+
+def _locate(parts: List[Terms], sums: torch.Tensor) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], torch.Tensor]:
+    """Maps (B, N), what each channel gives (B, C) by stream, and what has no location (B,), of w * z (B, D)."""
     unlocated = torch.zeros_like(sums[:, 0])
     maps: List[torch.Tensor] = []
     channels: List[Tuple[torch.Tensor, ...]] = []
-    for part, shares in zip(found.parts, sums.split([p.entries.shape[1] for p in found.parts], 1)):
+    for part, shares in zip(parts, sums.split([p.entries.shape[1] for p in parts], 1)):
         if not part.variables:
             unlocated = unlocated + shares.sum(1)
             continue

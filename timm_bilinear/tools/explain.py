@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.utils import unwrap_model
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..hub.partial import partial_path
 from .channel_pairs import draw_channel_pairs
-from .evidence import Evidence, best_class, explain
+from .evidence import REST, Evidence, best_class, explain, explain_beside
 from .evidence_pictures import Panel, draw_evidence, draw_panels
 from .inference import label_descriptions, label_names, load, model_name
 from .interrupt import Interrupted, Terminated
@@ -28,6 +29,7 @@ __all__ = ['run_explain']
 _TOOL = 'timm-bilinear explain'
 _RESULTS = 'explain.json'
 _SHEET = 50  # images on the sheet at most
+_REST_NAME = 'the other classes'
 
 
 def find_class(name: str, labels: Sequence[str], descriptions: Sequence[str], option: str) -> int:
@@ -106,6 +108,10 @@ def _number(value: float) -> str:
     return f'{value:.3f}' if abs(value) < 1000 else f'{value:.4g}'
 
 
+def _array(map_: torch.Tensor) -> np.ndarray:
+    return map_.double().cpu().numpy()
+
+
 class Explainer:
     """Evidence of one image after another, as pictures and as what JSON says of it."""
 
@@ -117,7 +123,11 @@ class Explainer:
             self.names = [str(i) for i in range(classes)]
         labels = label_names(net) if len(label_names(net)) == classes else self.names
         self.target = None if target is None else find_class(target, labels, self.names, 'target')
-        self.contrast = None if contrast is None else find_class(contrast, labels, self.names, 'contrast')
+        self.contrast: Union[int, str, None] = contrast
+        if contrast is not None and (contrast != REST or REST in (*labels, *self.names)):
+            self.contrast = find_class(contrast, labels, self.names, 'contrast')
+        if self.contrast == REST and classes < 2:
+            raise ValueError(f"'contrast' is '{REST}', but the model has no other class.")
         if self.target is not None and self.target == self.contrast:
             raise ValueError(f"'target' and 'contrast' are both {self.names[self.target]!r}.")
 
@@ -131,32 +141,34 @@ class Explainer:
             chosen: What `choose_views` gave for them, if that is known already.
         """
         pixels, boxes, probabilities = choose_views(self.net, batch) if chosen is None else chosen
-        # by all views, as `predict` says it; the one that is explained may be of another opinion
         target = self.target
-        if target is None:
-            contrast = self.contrast
+        if target is None:  # by all views, as `predict` says it; the one that is explained may be of another opinion
+            contrast = self.contrast if isinstance(self.contrast, int) else None
             against = None if contrast is None else torch.full_like(probabilities[:, 0], contrast, dtype=torch.int64)
             target = best_class(probabilities, against)
+        rather: Optional[Evidence] = None
         with torch.inference_mode(False):
-            one = explain(self.net, pixels, target)
-            other = None if self.contrast is None else explain(self.net, pixels, self.contrast)
+            if len(self.names) == 1:
+                one = explain(self.net, pixels, target)
+            else:
+                one, rather = explain_beside(self.net, pixels, target, REST if self.contrast is None else self.contrast)
         for i, shown in enumerate(batch):
             told = self._tell(shown, boxes[i], one, i, probabilities)
-            maps = one.maps[i]
-            panels = [Panel([Path(shown.name).name]), Panel(self._lines(told['target']), maps.double().cpu().numpy())]
+            values = _array(one.maps[i])
+            panels = [Panel([Path(shown.name).name]), Panel(self._lines(told['target']), values)]
             title = f'What speaks for {told["target"]["name"]}'
-            if other is not None:
-                told['contrast'] = self._class(other, i, probabilities)
-                against = other.maps[i].double().cpu().numpy()
-                panels.append(Panel(self._lines(told['contrast']), against))
-                maps = maps - other.maps[i]
-                difference = told['target']['logit'] - told['contrast']['logit']
-                evidence = told['target']['evidence'] - told['contrast']['evidence']
-                rather = f'{told["target"]["name"]} rather than {told["contrast"]["name"]}'
-                lines = [rather, f'difference {_number(difference)}, evidence {_number(evidence)}']
-                panels.append(Panel(lines, maps.double().cpu().numpy()))
-                title = f'What speaks for {rather}'
-            values = maps.double().cpu().numpy()
+            if rather is not None:
+                other = self._other(one, rather, i, probabilities)
+                if isinstance(self.contrast, int):
+                    panels.append(Panel(self._lines(other), values - _array(rather.maps[i])))
+                what = f'{told["target"]["name"]} rather than {other["name"]}'
+                difference, evidence = float(rather.logit[i]), float(rather.maps[i].sum())
+                lines = [what, f'difference {_number(difference)}, evidence {_number(evidence)}']
+                panels.append(Panel(lines, _array(rather.maps[i])))
+                if self.contrast is not None:
+                    told['contrast'] = other
+                    title = f'What speaks for {what}'
+                    values = _array(rather.maps[i])
             told['map'] = values.tolist()
             yield (
                 told,
@@ -170,6 +182,20 @@ class Explainer:
         told.update(logit=float(found.logit[i]), bias=float(found.bias[i]), evidence=float(found.maps[i].sum()))
         if found.unlocated[i]:
             told['unlocated'] = float(found.unlocated[i])
+        return told
+
+    def _other(self, one: Evidence, rather: Evidence, i: int, probabilities: torch.Tensor) -> Dict[str, Any]:
+        """What `_class` tells, of what the class is compared with."""
+        if isinstance(rather.contrast, str):
+            told = dict(name=_REST_NAME, index=None, probability=float(1 - probabilities[i, one.target[i]]))
+        else:
+            index = int(rather.contrast[i])
+            told = dict(name=self.names[index], index=index, probability=float(probabilities[i, index]))
+        for name in ('logit', 'bias', 'unlocated'):
+            value = float(getattr(one, name)[i]) - float(getattr(rather, name)[i])
+            if name != 'unlocated' or one.unlocated[i]:
+                told[name] = value
+        told['evidence'] = float(one.maps[i].sum()) - float(rather.maps[i].sum())
         return told
 
     def _tell(
@@ -214,7 +240,7 @@ def run_explain(
         images: As for `predict`.
         output: Folder for a picture of each image, a sheet of several, and explain.json.
         target: Class to explain: its label, description or index; None for the predicted one of each image.
-        contrast: Class that it is compared with.
+        contrast: Class that it is compared with, or 'rest' for the mean of all others, if no class is called so.
         json: File for a list of the numbers and maps, '-' for stdout.
         pairs: Pairs of channels, those that give most to the target over all images, to draw into pairs.png.
         device, label_names: As for `predict`.
