@@ -24,7 +24,7 @@ from timm_bilinear.ops.kernels import descriptors, gradients, maximum, path, slo
 
 ARCHS = (80, 90)
 OTHERS = (86, 89, 100, 120)  # only what most models take is compiled for these
-OPTIONS = ('num_warps', 'num_stages')
+OPTIONS = ('num_warps', 'num_stages', 'maxnreg')
 # rows of 784 locations; of channels (channels_last); of 196, a multiple of four; of 49, which are copied to longer ones
 LAYOUTS = ('rows', 'columns', 'fours', 'unaligned')
 TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
@@ -42,7 +42,7 @@ class Recorder:
         return self.record
 
     def record(self, *args, **kwargs):
-        options = tuple((k, kwargs.pop(k)) for k in OPTIONS if k in kwargs)
+        options = tuple((k, v) for k, v in ((k, kwargs.pop(k, None)) for k in OPTIONS) if v is not None)
         arguments = dict(zip(self.kernel.arg_names, args), **kwargs)
         signature, constants, aligned = {}, {}, []
         for i, param in enumerate(self.kernel.params):
@@ -116,13 +116,26 @@ def record(arch, everything=False):
     return list(launches.values())
 
 
-def count_instructions(cubin):
-    """Machine instructions of a kernel, by the disassembler that Triton brings."""
+def disassemble(cubin):
+    """Address and text of each machine instruction of a kernel, by the disassembler that Triton brings."""
     with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
         f.write(cubin)
         f.flush()
         listing = subprocess.run([TOOLS / 'cuobjdump', '-sass', f.name], capture_output=True, text=True, check=True)
-    return len(re.findall(r'^\s+/\*[0-9a-f]{4,}\*/', listing.stdout, re.MULTILINE))
+    found = re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s*(.*?);', listing.stdout, re.MULTILINE)
+    return [(int(address, 16), text) for address, text in found]
+
+
+def copying_loops(instructions):
+    """Of each loop that copies features to shared memory: its copies, and its spilled registers' loads and stores."""
+    loops = []
+    for end, text in instructions:
+        start = re.search(r'\bBRA\b.*0x([0-9a-f]+)', text)
+        if start and int(start.group(1), 16) < end:
+            body = [t for address, t in instructions if int(start.group(1), 16) <= address <= end]
+            copies, spills = (sum(any(n in t for n in names) for t in body) for names in (('LDGSTS',), ('LDL', 'STL')))
+            loops += [(copies, spills)] * (copies > 0)
+    return loops
 
 
 def compile_launch(job):
@@ -137,6 +150,8 @@ def compile_launch(job):
     triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as log:
         kernel = triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(options))
+    is_listed = name == '_slope_kernel' or (name == '_forward_kernel' and not constants['MAX'])
+    instructions = disassemble(kernel.asm['cubin']) if is_listed else []
     return dict(
         kernel=name,
         arch=arch,
@@ -152,7 +167,9 @@ def compile_launch(job):
         ),  # to shared memory, asynchronous
         loads=len(re.findall(r'ld\.global', kernel.asm['ptx'])),
         layout=layout,
-        instructions=count_instructions(kernel.asm['cubin']) if name == '_slope_kernel' else None,
+        instructions=len(instructions),
+        loops=copying_loops(instructions),
+        precise=len(re.findall(r'(?:sqrt|div|rcp)\.rn\.f32', kernel.asm['ptx'])),
         warps=dict(options).get('num_warps', 4),
     )
 

@@ -24,8 +24,10 @@ CUDA = torch.device('cuda')
 SHAPES = ((64, 512, 784), (64, 512, 196), (1, 512, 784))
 CANDIDATES: Dict[str, List[tiles.Config]] = {
     'descriptors.HALF': [
-        tiles.Config(i, j, n, num_warps=warps, num_stages=stages)
-        for (i, j), n, warps, stages in product(((128, 128), (64, 128), (64, 64)), (32, 64), (4, 8), (2, 3, 4))
+        tiles.Config(i, j, n, warps, stages, maxnreg)
+        for (i, j), n, (warps, maxnreg), stages in product(
+            ((128, 128), (64, 128), (64, 64)), (32, 64), ((4, None), (8, None), (8, 128)), (2, 3, 4)
+        )
     ],
     'slopes.CONFIG': [
         tiles.Config(i, j, 0, num_warps=warps, num_stages=1) for i, j, warps in product((32, 64), (32, 64, 128), (4, 8))
@@ -81,7 +83,7 @@ def _tune_rows(until: float) -> Iterator[List[str]]:
 def tune(output: Path, limit: int):
     """Write the page of tiles."""
     rows = list(_tune_rows(time.monotonic() + limit))
-    header = ['tile', 'images, channels, locations', 'rows, columns, depth, warps, stages', 'median']
+    header = ['tile', 'images, channels, locations', 'rows, columns, depth, warps, stages, registers', 'median']
     write(
         f'# Tiles\n\n`python tests/ops/gpu_day.py`, bfloat16, {describe_machine(CUDA)}.\n\n'
         + markdown_table(header, rows),

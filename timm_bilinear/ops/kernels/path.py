@@ -3,8 +3,9 @@
     forward     one program per (image, tile of channel pairs), symmetric: tiles on or above the diagonal alone
                 Z = A Bf^T / N on tensor cores, or the running maximum of 'max' pooling
                 Y = Z / (sqrt(|Z| + eps) + sqrt(eps)), which is sign(Z) (sqrt(|Z| + eps) - sqrt(eps)) without its
-                cancellation; packed; the tile's sum of squares goes to a table that another kernel adds up
-    classify    scores = W Y by the vendor's GEMM, divided by the norm by that other kernel
+                cancellation; packed; the tile's sum of squares goes to a table that another kernel, one program per
+                image, adds up
+    classify    scores = W Y by the vendor's GEMM, divided by the norm by a third kernel
     backward    dZ from u = W^T g and Y, unpacked; dA = dZ Bf / N by the vendor's batched GEMM. Or, to save memory, in
                 float32 without TF32, and where a GEMM's range is not enough: one program per (image, rows of the
                 gradient, locations), which forms tiles of dZ inside the product and writes none
@@ -12,16 +13,16 @@
 There are no atomics, so results repeat bit for bit. Everything between load and store is float32.
 
 Range. Products of bfloat16 or float32 features can overflow float32, and the roots of float16 products can overflow, or
-fade in, float16. Neither happens to ordinary features, so the first pass takes no care; a second launch of the same
-kernel looks at each image's sum of squares and leaves at once where it is in range. Elsewhere it computes the image
-again, with features divided by a power of two, `scale`, and eps by its square: after the L2 norm that changes nothing.
+fade in, float16. Neither happens to ordinary features, so the first pass takes no care. The kernel of the norms
+looks at each image's sum of squares, and where that is out of range computes the image again, with features divided by
+a power of two, `scale`, and eps by its square: after the L2 norm that changes nothing.
 """
 
 from typing import List, Optional, Tuple
 
 import torch
 
-from .descriptors import descriptors, norms
+from .descriptors import descriptors, fill_logits
 from .gradients import feature_gradients, logit_gradients
 from .tiles import on_device_of
 
@@ -62,8 +63,7 @@ def forward(
     with on_device_of(a):
         # float16 cannot hold every gradient of an unnormalised descriptor, which comes in the dtype of y
         dtype = torch.float32 if a.dtype == torch.float16 else a.dtype
-        y, partial, scale = descriptors(a, b, pool, eps, dtype)
-        return y, norms(partial), scale
+        return descriptors(a, b, pool, eps, dtype)
 
 
 def classify(
@@ -76,10 +76,10 @@ def classify(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (B, K) in the dtype of a; scores, which are logits before the bias, in float32; what `forward` returns."""
     with on_device_of(a):
-        y, partial, scale = descriptors(a, b, pool, eps, a.dtype)
+        y, norm, scale = descriptors(a, b, pool, eps, a.dtype)
         scores = _matmul(y, weight.to(y.dtype).t())
         logits = torch.empty_like(scores, dtype=a.dtype)
-        norm = norms(partial, scores, None if bias is None else bias.contiguous(), logits)
+        fill_logits(norm, scores, None if bias is None else bias.contiguous(), logits)
     return logits, scores, y, norm, scale
 
 

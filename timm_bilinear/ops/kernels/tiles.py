@@ -35,13 +35,17 @@ _WIDEN = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 
 
 class Config(NamedTuple):
-    """Tile of a kernel: rows and columns of its product, depth of a step, and how Triton runs it."""
+    """Tile of a kernel: rows and columns of its product, depth of a step, and how Triton runs it.
+
+    `maxnreg` is the number of registers that a thread has at most.
+    """
 
     block_i: int
     block_j: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: Optional[int] = None
 
 
 def count_tiles(channels_a: int, channels_b: Optional[int], config: Config) -> Tuple[int, int]:
@@ -188,13 +192,12 @@ def store_descriptor(
     j,
     row,
     y_ptr,
-    partial_ptr,
     channels_a,
     channels_b,
     eps,
     SYMMETRIC: tl.constexpr,
 ):
-    """Signed square root of a tile of Z whose first row is `row`, packed and stored, and its sum of squares.
+    """Store the signed square root of a tile of Z whose first row is `row`, packed; gives its sum of squares.
 
     Packed off-diagonals sqrt(2) Y are the same formula with 2 Z and 2 eps for Z and eps.
     """
@@ -211,7 +214,7 @@ def store_descriptor(
     eps = eps * factor
     y = z / (tl.sqrt(tl.abs(z) + eps) + tl.sqrt(eps))
     tl.store(y_ptr + first + place, y.to(y_ptr.dtype.element_ty), mask=keep)
-    tl.store(partial_ptr, tl.sum(tl.where(keep, y * y, 0.0)))
+    return tl.sum(tl.where(keep, y * y, 0.0))
 
 
 @triton.jit
