@@ -94,7 +94,7 @@ def add_inference_options(p: argparse.ArgumentParser, workers: str):
         '--amp',
         choices=AMP_DTYPES,
         default='auto',
-        help='precision; auto: bfloat16 where the device has it (default: %(default)s)',
+        help='precision; auto: bfloat16 where it is faster (default: %(default)s)',
     )
     p.add_argument('--workers', type=not_negative, help=f'{workers} (default: by the cores)')
     p.add_argument('--device', help='cpu, cuda ... (default: a GPU if there is one)')

@@ -257,6 +257,7 @@ def test_device():
 @pytest.mark.parametrize('fast', [False, True])
 def test_amp_dtype(monkeypatch, caplog, fast):
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: fast, raising=False)
+    monkeypatch.setattr(inference, 'bfloat16_pays', lambda: True)
     expected = torch.bfloat16 if fast else None
     assert resolve_amp_dtype('auto', CPU) is expected
     assert resolve_amp_dtype(None, CPU) is None and resolve_amp_dtype('float32', CPU) is None
@@ -269,6 +270,26 @@ def test_amp_dtype(monkeypatch, caplog, fast):
     assert resolve_amp_dtype('float16', cuda) is torch.float16
     with pytest.raises(ValueError, match=r"'amp' must be one of 'auto'.*'half'"):
         resolve_amp_dtype('half', CPU)
+
+
+def test_bfloat16_where_it_takes_less_time(monkeypatch):
+    """It may be there and take longer: then 'auto' leaves it, who asks for it gets it."""
+    clock, turn = [0.0], {torch.float32: 2.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True, raising=False)
+    monkeypatch.setattr(inference.time, 'perf_counter', lambda: clock[0])
+    conv2d = torch.nn.functional.conv2d
+
+    def slow(x, *args, **kwargs):
+        clock[0] += turn[x.dtype]
+        return conv2d(x, *args, **kwargs)
+
+    monkeypatch.setattr(inference.F, 'conv2d', slow)
+    for seconds, expected in ((1.0, torch.bfloat16), (1.9, None), (4.0, None)):
+        turn[torch.bfloat16] = seconds
+        inference.bfloat16_pays.cache_clear()
+        assert resolve_amp_dtype('auto', CPU) is expected
+        assert resolve_amp_dtype('bfloat16', CPU) is torch.bfloat16
+    inference.bfloat16_pays.cache_clear()
 
 
 def test_views():
