@@ -32,6 +32,8 @@ def test_maximum_blocks(channels_b, monkeypatch):
         z, where = maximum.products(a, b)
         each = a.unsqueeze(2) * (a if b is None else b).unsqueeze(1)
         assert torch.equal(z, each.amax(3)) and torch.equal(where, each.argmax(3))
+        values, nothing = maximum.products(a, b, need_places=False)
+        assert torch.equal(values, z) and nothing is None
 
 
 @pytest.mark.parametrize('two', [False, True], ids=['one', 'two'])
@@ -49,8 +51,9 @@ def test_first_of_equal_products(two):
 def test_nan_is_the_maximum():
     a = features(5, 8)
     a[0, 1, 3] = torch.nan
-    z, _ = maximum.products(a, None)
-    assert z[0, 1].isnan().all() and z[1].isfinite().all()
+    for need_places in (False, True):
+        z, _ = maximum.products(a, None, need_places)
+        assert z[0, 1].isnan().all() and z[1].isfinite().all()
 
 
 @pytest.fixture

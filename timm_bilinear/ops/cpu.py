@@ -86,7 +86,7 @@ def _multiply_triangle(a: torch.Tensor, factor: float, y: torch.Tensor):
 def _multiply(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, factor: float, y: torch.Tensor):
     """Pooled products times a factor, packed if there is no b, written to y (G, D); a (G, Ca, N), b (G, Cb, N)."""
     if pool == 'max':
-        z, _ = maximum.products(a, b)
+        z, _ = maximum.products(a, b, need_places=False)
         z = z.flatten(1)
         if b is None:
             torch.gather(z, 1, triangle_indices(a.shape[1], a.device)[0].expand(len(a), -1), out=y)
