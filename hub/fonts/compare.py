@@ -44,7 +44,7 @@ FAMILIES = (
     'lato'
 ).split()
 SIZE = 112  # of the images that are trained on, and of a view
-HEAD_LRS = (3e-3, 3e-2)  # of AdamW, with the streams
+HEAD_LRS = (3e-3, 3e-2, 1e-1)  # of AdamW, with the streams
 FROZEN_LRS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of SGD with momentum
 STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
 EPOCHS, FROZEN_EPOCHS = 8, 20

@@ -120,8 +120,9 @@ def test_turned_upright(model, pictures, tmp_path):
     assert one['map'] == other['map'] and one['box'] == other['box']
 
 
-def test_pairs(model, pictures, tmp_path):
-    run(model, pictures, '--output', tmp_path, '--target', 'owl', '--pairs', 2)
+@pytest.mark.parametrize('contrast', [(), ('--contrast', 'rest'), ('--contrast', 'fox')], ids=str)
+def test_pairs(model, pictures, tmp_path, contrast):
+    run(model, pictures, '--output', tmp_path, '--target', 'owl', '--pairs', 2, *contrast)
     told = json.loads((tmp_path / 'explain.json').read_text())
     assert len(told['pairs']) == 2 and 'pairs.png' in told['files'] and (tmp_path / 'pairs.png').is_file()
     assert told['pairs'][0]['evidence'] >= told['pairs'][1]['evidence'] and len(told['pairs'][0]['images']) == 3
