@@ -70,7 +70,7 @@ CPU_GRID += [
     *(Case(b, c, None, n, 200, torch.bfloat16, amp=True) for b, c, n in _SOME),
     *(Case(b, c, c, n, 200) for b, c, n in _SOME),
 ]
-_BUDGET = 5.0  # seconds for a figure of the grid
+_BUDGET = 3.0  # seconds for a figure of the grid
 CUDA_CASES = [
     Case(*shape, dtype, amp, tf32)
     for shape in (
