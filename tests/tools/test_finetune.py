@@ -186,6 +186,7 @@ def test_no_images_of_so_many_channels(data, tmp_path):
 def test_diverged_loss(data, tmp_path, monkeypatch, capsys, lr, options, amp):
     """The remedy is one of options that exist."""
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: amp, raising=False)
+    monkeypatch.setattr('timm_bilinear.tools.inference.bfloat16_pays', lambda: True)
     monkeypatch.setattr(ImageStage, '_loss', lambda *_: (torch.tensor(float('nan')), 1.0))
     stages = [Stage(1, 'sgd', lr=lr, head_lr=1.0, weight_decay=0.0)]
     with pytest.raises(RuntimeError, match=r'^Stage 1/1, epoch 1/1: the loss became nan; a lower ') as e:
