@@ -101,7 +101,7 @@ DATA_CONFIG = dict(
     mean=IMAGENET_DEFAULT_MEAN,
     std=IMAGENET_DEFAULT_STD,
 )
-CROSS = '`cross`, dim=1024, two stages'  # with the dim of the paper, 8192, the head alone takes half an hour a run
+CROSS = '`cross`, dim=1024, two stages'  # with the dim of the paper, 8192, a run of the head alone is half an hour by count
 # name in the table and arguments of `bcnn`
 POOLINGS: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('average pooling', dict(pool_type='mean')),
