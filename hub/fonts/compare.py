@@ -101,7 +101,8 @@ DATA_CONFIG = dict(
     mean=IMAGENET_DEFAULT_MEAN,
     std=IMAGENET_DEFAULT_STD,
 )
-CROSS = '`cross`, dim=1024, two stages'  # with the dim of the paper, 8192, a run of the head alone is half an hour by count
+# With the dim of the paper, 8192, a run of the head alone is half an hour by count.
+CROSS = '`cross`, dim=1024, two stages'
 # name in the table and arguments of `bcnn`
 POOLINGS: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('average pooling', dict(pool_type='mean')),
