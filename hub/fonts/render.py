@@ -368,7 +368,7 @@ def random_image(face: Face, split: str, rng: random.Random, size: int = 224) ->
     columns = size * layout.wrap / layout.x_height
     rows = min(layout.lines, 1.5 + size / (1.4 * layout.pitch * layout.x_height))
     length = math.ceil(1.2 * columns * rows)
-    if rng.random() < (0.5 if kind in NUMBERS else 0.15):
+    if rng.random() < (0.65 if kind in NUMBERS else 0.15):
         length = 1
         layout = replace(layout, fit=layout.fit or rng.random() < 0.5)
     if kind in ('prose', 'made-up words', 'capitals'):

@@ -180,21 +180,21 @@ def _single_word(split: str, rng: random.Random) -> str:
 
 # kind of text, its share of images, what it is strung together of, and what stands between
 _KINDS = {
-    'prose': (40, _sentence, ' '),
+    'prose': (35, _sentence, ' '),
     'made-up words': (10, _made_up_words, ' '),
     'capitals': (8, lambda split, rng: rng.choice((_sentence, _made_up_words))(split, rng).upper(), ' '),
     'names': (6, _name, ', '),
     'words': (8, _single_word, ' '),
     'numbers': (14, _number, ' '),
-    'dollars': (7, lambda split, rng: f'${_number(split, rng)}', ' '),
-    'percentages': (7, _percentage, ' '),
+    'dollars': (8, lambda split, rng: f'${_number(split, rng)}', ' '),
+    'percentages': (11, _percentage, ' '),
 }
 KINDS = tuple(_KINDS)
 NUMBERS = ('numbers', 'dollars', 'percentages')
 
 
 def random_kind(rng: random.Random) -> str:
-    """A kind of text; numbers of one sort or another are 28 of 100."""
+    """A kind of text; numbers of one sort or another are 33 of 100."""
     return rng.choices(KINDS, [share for share, _, _ in _KINDS.values()])[0]
 
 

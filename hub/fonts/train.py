@@ -146,6 +146,8 @@ def train(args: argparse.Namespace):
     else:
         net = timm.create_model(args.model, num_classes=len(names))
     net = net.to(memory_format=torch.channels_last)
+    for name in args.freeze:
+        net.get_submodule(name).requires_grad_(False)
     optimizer = _create_optimizer(net, args.lr, args.head_lr)
     peaks = [group['lr'] for group in optimizer.param_groups]
     amp_dtype = resolve_amp_dtype('auto', torch.device('cpu'))
@@ -225,12 +227,13 @@ def main():
     parser.add_argument('--start', type=Path, help='folder of a model to start from (default: none)')
     parser.add_argument('--model', default='bcnn_resnet18_c4', help='model without a start (default: %(default)s)')
     parser.add_argument('--steps', type=int, default=20_000, help='batches (default: %(default)s)')
-    sizes = [112, 112, 112, 160, 112, 112, 112, 224]
+    sizes = [112, 112, 112, 160, 112, 224, 112, 160]
     parser.add_argument('--sizes', type=int, nargs='+', default=sizes, help='sizes in turn (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=64, help='images of 112 px (default: %(default)s)')
     parser.add_argument('--lr', type=float, default=5e-4, help='of the streams, AdamW (default: %(default)s)')
     parser.add_argument('--head-lr', type=float, default=1e-3, help='of the classifier (default: %(default)s)')
     parser.add_argument('--val-batches', type=int, default=24, help='of 31 images (default: %(default)s)')
+    parser.add_argument('--freeze', nargs='*', default=(), help='modules whose weights stay, such as stream_a.layer1')
     parser.add_argument('--save-minutes', type=float, default=5, help='between checkpoints (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=2, help='processes that render (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')

@@ -44,7 +44,7 @@ def test_scales_go_from_the_whole_image_to_twice_its_own():
     image = Image.fromarray((255 * ((rows + columns) % 2)).astype(np.uint8)).convert('RGB')
     _, views = _views((64, 64))
     whole = 64 / 512
-    for i, view in enumerate(views(image).split(64, 1)[1::2]):
+    for i, view in enumerate(views(image).split(64, 1)[2::2]):
         scale = whole * (2 / whole) ** ((i + 1) / 4)
         spectrum = np.abs(np.fft.rfft(view[0, 32].double().numpy() - 127.5))
         assert np.argmax(spectrum) == pytest.approx(64 / (16 * scale), abs=1)
@@ -65,7 +65,7 @@ def test_parts_are_where_the_detail_is(place):
     image = Image.new('RGB', (800, 500), (200, 220, 240))
     image.paste(_noise(40, 24), place)
     _, views = _views((64, 64))
-    for view in views(image).split(64, 1)[3::2]:  # the better part of the three finest scales
+    for view in views(image).split(64, 1)[4::2]:  # the better part of the three finest scales
         assert view.float().std() > 20
     last = views(image).split(64, 1)[-2].float()
     assert (last - torch.tensor([200.0, 220.0, 240.0]).view(3, 1, 1)).abs().amax(0).gt(30).float().mean() > 0.3
@@ -75,8 +75,19 @@ def test_beyond_the_image_is_its_margin():
     image = Image.new('RGB', (200, 10), (10, 200, 30))
     image.paste(_noise(20, 6), (90, 2))
     _, views = _views((64, 64))
-    view = views(image).split(64, 1)[1]
-    assert view[:, 0, 0].tolist() == [10, 200, 30] and view[:, -1, -1].tolist() == [10, 200, 30]
+    for view in views(image).split(64, 1)[1:3]:
+        assert view[:, 0, 0].tolist() == [10, 200, 30] and view[:, -1, -1].tolist() == [10, 200, 30]
+
+
+def test_second_view_is_the_whole_image_at_half_its_size():
+    image = Image.new('RGB', (80, 40), 'white')
+    image.paste('black', (0, 0, 40, 40))
+    _, views = _views((64, 64))
+    half = np.full((64, 64), 255)
+    half[24:40, 16:32] = 0  # 32 x 16 px in the middle of the window, its left half black
+    view = views(image).split(64, 1)[1].numpy()
+    ringing = np.abs(np.arange(64) - 31.5) < 3  # of the filter at the edge
+    assert (view[:, :, ~ringing] == half[:, ~ringing]).all()
 
 
 class _Mean(torch.nn.Module):

@@ -139,8 +139,18 @@ def test_streams_far_apart(pool, dtype):
     assert deviation(reference.bilinear_classify(a, b, weight, None, pool, 1e-10), exact(a, b, weight, pool)) < 1e-5
 
 
+@pytest.mark.parametrize('huge,tiny', [(1e38, 1e-39), (3e38, 1e-42), (3e38, 3e-45), (1e30, 1e-44)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_beyond_the_dtype(dtype):
-    a, b = (features(12, 49) * 1e38).to(dtype), (features(10, 49) * 1e-39).to(dtype)
-    results = run(bilinear_classify, (a, b, classifier(12, 10, dtype=dtype)[0]), torch.ones(2, 4))
-    assert all(x.isfinite().all() for x in results)
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_gradients_beyond_the_dtype(pool, dtype, huge, tiny):
+    # Those of the tiny stream are huge or beyond what the dtype holds, and then as large as it holds.
+    a, b = features(12, 49, dtype=torch.float64), features(10, 49, dtype=torch.float64)
+    a, b = (a * huge / 1.1).to(dtype), (b * tiny).to(dtype)
+    weight, _ = classifier(12, 10, dtype=dtype)
+    want = run(lambda *x: exact(*x, pool), double(a, b, weight), torch.ones(2, 4))
+    got = run(lambda *x: bilinear_classify(*x, pool=pool), (a, b, weight), torch.ones(2, 4))
+    # Near eps the root less that of eps has few digits in float32.
+    tolerance = 4 * TOLERANCES[dtype][1] if huge * tiny > 1e-2 else 0.01
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    for x, y in zip(got, want):
+        assert deviation(x, y.clamp(-largest, largest), at_least=smallest) < tolerance

@@ -9,9 +9,10 @@ from PIL import Image
 
 __all__ = ['VIEWS', 'ScaleViews']
 
-_SCALES = 4  # beside that of the whole image
-_PARTS = 2  # of each scale
-VIEWS = 1 + _SCALES * _PARTS
+_SCALES = 4  # finer than that of the whole image
+_PARTS = 2  # of each of them
+VIEWS = 2 + _SCALES * _PARTS
+_COARSEST = 0.5  # of the scale of the whole image
 _FINEST = 2.0  # pixels of a view for one of the image, beyond which there is only blur
 _OVERLAP = 0.3  # of an edge, at most, that two parts share
 _MAX_STARTS = 100  # of windows along an edge
@@ -19,10 +20,11 @@ _DETAIL_SIZE = 512  # longer edge, in pixels, of the image that detail is looked
 
 
 class ScaleViews:
-    """The whole image as a transform gives it, and the parts of it with most detail at finer scales.
+    """The whole image as a transform gives it and at half of that, and the parts with most detail at finer scales.
 
-    The scales are a geometric series from that of the whole image to twice the image's own: a photo is looked at closer
-    and closer, a small picture is enlarged. Every image has `VIEWS` views; where there are fewer, some come twice.
+    The finer scales are a geometric series from that of the whole image to twice the image's own: a photo is looked at
+    closer and closer, a small picture is enlarged; at half the scale a subject that fills the image is as small as
+    those that a model has learnt. Every image has `VIEWS` views; where there are fewer, some come twice.
 
     Args:
         transform: timm's transform for evaluation, which gives (C, H, W).
@@ -58,7 +60,8 @@ class ScaleViews:
         whole = min(self.window[0] / image.height, self.window[1] / image.width)
         step = max(_FINEST / whole, 1.0) ** (1 / _SCALES)
         sums = _detail(image)
-        return [part for i in range(1, _SCALES + 1) for part in self._best(image, sums, whole * step**i)]
+        coarse = _Part(0, 0, image.width, image.height, whole * _COARSEST)
+        return [coarse] + [part for i in range(1, _SCALES + 1) for part in self._best(image, sums, whole * step**i)]
 
     def _best(self, image: Image.Image, sums: np.ndarray, scale: float) -> List['_Part']:
         """Parts of the image at a scale, those with most detail first."""

@@ -125,13 +125,16 @@ def _gradients(
     outs: List[torch.Tensor],
 ):
     """Gradients of a group's features, written to outs, from those of its descriptors, grad (G, D)."""
-    alpha = 1.0 / _divisor(a, pool)
+    divisor, slope = _divisor(a, pool), y.abs()
     if b is None:
         # (dZ + dZ^T)_ii = 2 dY / (2 (|Y| + sqrt(eps)))
-        roots = _diagonal_row(a.shape[1], _root(eps, y.dtype), _root(2 * eps, y.dtype), y.dtype)
+        slope.add_(_diagonal_row(a.shape[1], _root(eps, y.dtype), _root(2 * eps, y.dtype), y.dtype))
+        alpha = 1.0 / divisor
     else:
-        roots, alpha = _root(eps, y.dtype), 0.5 * alpha
-    slope = y.abs().add_(roots)
+        # Divided by N before they are summed: of two streams far apart the sums alone can be out of range.
+        roots = slope.new_tensor(2 * divisor * _root(eps, y.dtype))
+        torch.add(roots, slope, alpha=2 * divisor, out=slope)
+        alpha = 1.0
     dz = torch.div(grad, slope, out=slope).masked_fill_(y == 0, 0)
     if b is None:
         _, place, _ = triangle_indices(a.shape[1], a.device)
@@ -201,6 +204,37 @@ def forward(
     return y, norm.clamp_min_(1e-12), scale
 
 
+def _divide(x: torch.Tensor, scale: float, out: torch.Tensor):
+    """Write x / scale to out, as large as its dtype holds.
+
+    Of tiny features float16 cannot hold the gradient, nor any dtype if those of the other stream are huge.
+    """
+    largest = torch.finfo(out.dtype).max
+    out.copy_((x / scale).clamp_(-largest, largest))
+
+
+def _rescale_gradients(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    pool: str,
+    eps: float,
+    outs: List[torch.Tensor],
+):
+    """What `_gradients` does, for two streams so far apart that it overflows on the way: each is divided first."""
+    for i in range(len(a)):
+        s, t = _largest(a, i), _largest(b, i)
+        if not (math.isfinite(s) and math.isfinite(t)):
+            continue
+        image, root = slice(i, i + 1), (s * t) ** 0.5
+        scaled = [torch.empty_like(x[image]) for x in (a, b)]
+        features = (_load(a, image, s), _load(b, image, t))
+        _gradients(grad[image] * root, y[image] / root, *features, pool, eps / s / t, scaled)
+        for out, x, r in zip(outs, scaled, (s, t)):
+            _divide(x, r, out[image])
+
+
 def backward(
     grad: torch.Tensor,
     y: torch.Tensor,
@@ -231,11 +265,11 @@ def backward(
         direct = not is_scaled and all(x.dtype == dtype and x.is_contiguous() for x in outs)
         computed = outs if direct else [torch.empty_like(x) for x in (a_, b_) if x is not None]
         _gradients(grad[images], y[images], a_, b_, pool, eps / s / t, computed)
+        if b is not None and not is_scaled and not all(math.isfinite(x.sum().item()) for x in computed):
+            _rescale_gradients(grad[images], y[images], a_, b_, pool, eps, computed)
         if not direct:
             for out, x, r in zip(outs, computed, (s, t)):
-                # of tiny features float16 cannot hold the gradient, nor any dtype if the other stream's are huge
-                largest = torch.finfo(out.dtype).max
-                out.copy_(x.div_(r).clamp_(-largest, largest))
+                _divide(x, r, out)
     return grads
 
 
