@@ -7,7 +7,7 @@ import torch
 from op_cases import DTYPES, TOLERANCES, classifier, deviation, double, features, run
 
 from timm_bilinear import ops
-from timm_bilinear.ops import bilinear_classify, bilinear_pool, reference
+from timm_bilinear.ops import bilinear_classify, bilinear_pool, cpu, reference
 
 
 def exact(a, b, weight, pool):
@@ -154,3 +154,14 @@ def test_gradients_beyond_the_dtype(pool, dtype, huge, tiny):
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     for x, y in zip(got, want):
         assert deviation(x, y.clamp(-largest, largest), at_least=smallest) < tolerance
+
+
+@pytest.mark.parametrize('pool', ops.POOL_TYPES)
+def test_infinite_gradients_are_told_on(pool):
+    """Loss scaling looks for them."""
+    a, b = features(12, 49), features(10, 49)
+    grad = torch.ones(2, 120)
+    grad[0, 7] = math.inf
+    y, _, scale = cpu.forward(a, b, pool, 1e-10)
+    grads = cpu.backward(grad, y, scale, a, b, pool, 1e-10)
+    assert all(not x[0].isfinite().all() and x[1].isfinite().all() for x in grads)

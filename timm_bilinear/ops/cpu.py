@@ -225,8 +225,8 @@ def _rescale_gradients(
     """What `_gradients` does, for two streams so far apart that it overflows on the way: each is divided first."""
     for i in range(len(a)):
         s, t = _largest(a, i), _largest(b, i)
-        if not (math.isfinite(s) and math.isfinite(t)):
-            continue
+        if not (math.isfinite(s) and math.isfinite(t) and grad[i].isfinite().all()):
+            continue  # what is not finite from the start is told on
         image, root = slice(i, i + 1), (s * t) ** 0.5
         scaled = [torch.empty_like(x[image]) for x in (a, b)]
         features = (_load(a, image, s), _load(b, image, t))
