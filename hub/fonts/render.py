@@ -122,8 +122,8 @@ def random_layout(rng: random.Random, size: int = 224) -> Layout:
     smallest, largest = (6, 0.32) if rng.random() < 0.4 else (8, 0.25)
     x_height = math.exp(rng.uniform(math.log(smallest), math.log(min(70, largest * size))))
     sharpness = rng.random()  # drawn at once, reduced, or enlarged, as small letters on a screen are for the network
-    oversampling = 1.0 if sharpness < 0.3 else rng.choice((2.0, 2.0, 3.0, rng.uniform(1.2, 4)))
-    if sharpness > 0.8 and x_height > 8:
+    oversampling = 1.0 if sharpness < 0.25 else rng.choice((2.0, 2.0, 3.0, rng.uniform(1.2, 4)))
+    if sharpness > 0.65 and x_height > 8:
         oversampling = math.exp(rng.uniform(math.log(max(0.4, 6 / x_height)), math.log(0.95)))
     oversampling = min(oversampling, max(1.0, 120 / x_height))
     is_tilted = is_marred and rng.random() < 0.5
