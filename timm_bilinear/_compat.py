@@ -17,6 +17,7 @@ from timm.models._hub import (
     hf_split,  # 'owner/name@revision', as timm reads it
 )
 from timm.models._hub import _get_safe_alternatives as get_safe_alternatives  # what timm prefers to a pickle
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # what autograd.grad(is_grads_batched=True) has
 from torch._subclasses import FakeTensor  # what a tensor is while a graph is traced
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks  # hooks on every module's calls
@@ -32,7 +33,9 @@ __all__ = [
     'feature_take_indices',
     'get_safe_alternatives',
     'has_global_hooks',
+    'has_modes',
     'hf_split',
+    'is_batched',
     'is_wrapper_subclass',
     'makes_other_tensors',
     'mkldnn_has_bfloat16',
@@ -69,6 +72,11 @@ def makes_other_tensors(device: torch.device) -> bool:
 def under_transform() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp ...) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_modes() -> bool:
+    """Whether a mode looks at calls: of operators (fake tensors, FLOP counters, tracers), or of PyTorch's functions."""
+    return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() > 0
 
 
 def under_forward_ad() -> bool:

@@ -210,7 +210,7 @@ def bilinear_pool(
     with without_autocast(a.device.type):
         a, b = _streams(a, b, autocast)
         if _is_fast(a):
-            y, norm, _ = library.bilinear_pool(a, b, pool, eps)
+            y, norm, _ = library.pool(a, b, pool, eps)
             return (y.to(norm.dtype) / norm.unsqueeze(1)).to(dtype)
         return reference.bilinear_pool(a, b, pool, eps).to(dtype)
 
@@ -257,6 +257,6 @@ def bilinear_classify(
         if _is_fast(a):
             is_narrow = a.dtype != weight.dtype and a.device.type in _NARROW_PRODUCTS
             narrow = weight.detach().to(a.dtype) if is_narrow else None
-            logits, *_ = library.bilinear_classify(a, b, weight, bias, pool, eps, recompute, narrow)
+            logits, *_ = library.classify(a, b, weight, bias, pool, eps, recompute, narrow)
             return logits.to(dtype)
         return reference.bilinear_classify(a, b, weight, bias, pool, eps).to(dtype)

@@ -47,6 +47,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype)
+
+
+@lru_cache(maxsize=256)
 def _root(eps: float, dtype: torch.dtype) -> float:
     """sqrt(eps) exactly as the vectorised root gives it, so that sqrt(0 + eps) - sqrt(eps) is 0."""
     with torch.inference_mode(False):
@@ -70,21 +76,23 @@ def _diagonal_row(channels: int, diagonal: float, off_diagonal: float, dtype: to
         return torch.full((packed_size(channels),), off_diagonal, dtype=dtype).index_fill_(0, places, diagonal)
 
 
-def _multiply_triangle(a: torch.Tensor, factor: float, y: torch.Tensor):
-    """Upper triangle of factor * A A^T, packed, written to y (G, D); a (G, C, N)."""
+def _multiply_triangle(a: torch.Tensor, y: torch.Tensor):
+    """Upper triangle of A A^T, packed, written to y (G, D); a (G, C, N)."""
     channels, start = a.shape[1], 0
+    if channels <= _BLOCK:
+        z = torch.bmm(a, a.transpose(1, 2)).flatten(1)
+        torch.index_select(z, 1, _block_index(channels, 0), out=y)
+        return
     for row in range(0, channels, _BLOCK):
-        left, right = a[:, row : row + _BLOCK], a[:, row:].transpose(1, 2)
-        z = a.new_empty(len(a), left.shape[1], right.shape[2])
-        torch.baddbmm(z, left, right, beta=0, alpha=factor, out=z)
+        z = torch.bmm(a[:, row : row + _BLOCK], a[:, row:].transpose(1, 2))
         places = _block_index(channels, row)
         end = start + len(places)
         torch.gather(z.flatten(1), 1, places.expand(len(a), -1), out=y[:, start:end])
         start = end
 
 
-def _multiply(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, factor: float, y: torch.Tensor):
-    """Pooled products times a factor, packed if there is no b, written to y (G, D); a (G, Ca, N), b (G, Cb, N)."""
+def _multiply(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, y: torch.Tensor):
+    """Sums, or maxima, of products, packed if there is no b, written to y (G, D); a (G, Ca, N), b (G, Cb, N)."""
     if pool == 'max':
         z, _ = maximum.products(a, b, need_places=False)
         z = z.flatten(1)
@@ -92,19 +100,19 @@ def _multiply(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, factor: flo
             torch.gather(z, 1, triangle_indices(a.shape[1], a.device)[0].expand(len(a), -1), out=y)
         else:
             y.copy_(z)
-        y.mul_(factor)
     elif b is None:
-        _multiply_triangle(a, factor, y)
+        _multiply_triangle(a, y)
     else:
-        z = y.unflatten(1, (a.shape[1], b.shape[1]))
-        torch.baddbmm(z, a, b.transpose(1, 2), beta=0, alpha=factor, out=z)
+        torch.bmm(a, b.transpose(1, 2), out=y.unflatten(1, (a.shape[1], b.shape[1])))
 
 
 def _describe(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, eps: float, y: torch.Tensor):
     """Descriptors of a group, written to y (G, D); a (G, Ca, N), b (G, Cb, N), contiguous, in the compute dtype."""
     pairs = 2.0 if b is None else 1.0
-    _multiply(a, b, pool, pairs / _divisor(a, pool), y)
-    root = y.abs().add_(pairs * eps).sqrt_().sub_(_root(pairs * eps, y.dtype))
+    _multiply(a, b, pool, y)
+    root = y.abs()
+    torch.add(_constant(pairs * eps, y.dtype), root, alpha=pairs / _divisor(a, pool), out=root)
+    root.sqrt_().sub_(_root(pairs * eps, y.dtype))
     torch.copysign(root, y, out=y)
     if b is None:
         # sqrt(z + eps) - sqrt(eps) is sqrt(2z + 2eps) - sqrt(2eps) over sqrt(2)
@@ -132,7 +140,7 @@ def _gradients(
         alpha = 1.0 / divisor
     else:
         # Divided by N before they are summed: of two streams far apart the sums alone can be out of range.
-        roots = slope.new_tensor(2 * divisor * _root(eps, y.dtype))
+        roots = _constant(2 * divisor * _root(eps, y.dtype), y.dtype)
         torch.add(roots, slope, alpha=2 * divisor, out=slope)
         alpha = 1.0
     dz = torch.div(grad, slope, out=slope).masked_fill_(y == 0, 0)
@@ -155,11 +163,15 @@ def _groups(batch: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + images, batch)) for start in range(0, batch, images))
 
 
+def _take(x: torch.Tensor, images: slice) -> torch.Tensor:
+    return x if images.stop - images.start == len(x) else x[images]
+
+
 def _load(x: Optional[torch.Tensor], images: slice, scale: float = 1.0) -> Optional[torch.Tensor]:
     """Features of some images, contiguous and in the compute dtype."""
     if x is None:
         return None
-    x = x[images].to(compute_dtype(x.dtype)).contiguous()
+    x = _take(x, images).to(compute_dtype(x.dtype)).contiguous()
     return x if scale == 1.0 else x / scale
 
 
@@ -190,7 +202,7 @@ def forward(
     y = memory.empty((batch, size), compute_dtype(a.dtype))
     scale = y.new_ones(batch, 2)
     for images in _groups(batch, size):
-        _describe(_load(a, images), _load(b, images), pool, eps, y[images])
+        _describe(_load(a, images), _load(b, images), pool, eps, _take(y, images))
     norm = torch.linalg.vector_norm(y, dim=1)
     for i in [] if math.isfinite(norm.sum().item()) else torch.nonzero(~norm.isfinite()).flatten().tolist():
         largest = [_largest(x, i) for x in (a, b) if x is not None]
@@ -261,10 +273,10 @@ def backward(
     for images in _groups(len(a), _GROUP if is_scaled else y.shape[1]):  # those of other scales one by one
         s, t = scale[images.start].tolist() if is_scaled else (1.0, 1.0)
         a_, b_ = _load(a, images, s), _load(b, images, t)
-        outs = [x[images] for x in grads]
+        outs = [_take(x, images) for x in grads]
         direct = not is_scaled and all(x.dtype == dtype and x.is_contiguous() for x in outs)
         computed = outs if direct else [torch.empty_like(x) for x in (a_, b_) if x is not None]
-        _gradients(grad[images], y[images], a_, b_, pool, eps / s / t, computed)
+        _gradients(_take(grad, images), _take(y, images), a_, b_, pool, eps / s / t, computed)
         if b is not None and not is_scaled and not all(math.isfinite(x.sum().item()) for x in computed):
             _rescale_gradients(grad[images], y[images], a_, b_, pool, eps, computed)
         if not direct:
@@ -283,8 +295,11 @@ def classify(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (B, K) in the dtype of a; scores, which are logits before the bias; then what `forward` returns."""
     y, norm, scale = forward(a, b, pool, eps)
-    # The weight is by far the larger operand, and fastest where oneDNN takes it as the input.
-    scores = linear(weight.to(y.dtype), y).t().div(norm.unsqueeze(1)).contiguous()
+    weight = weight.to(y.dtype)
+    if max(weight.numel(), y.numel()) < _LARGE:
+        scores = torch.mm(y, weight.t()).div_(norm.unsqueeze(1))
+    else:  # the weight is by far the larger operand, and fastest where oneDNN takes it as the input
+        scores = linear(weight, y).t().div(norm.unsqueeze(1)).contiguous()
     logits = scores.clone() if bias is None else scores + bias
     return logits.to(a.dtype), scores, y, norm, scale
 

@@ -3,7 +3,9 @@
     timm_bilinear::bilinear_pool        features -> unnormalised descriptors
     timm_bilinear::bilinear_classify    features, weight, bias -> logits
 
-Both run by `cpu.py` on the CPU and by `kernels` on the GPU. With u = W^T g for a gradient g of the logits and
+Both run by `cpu.py` on the CPU and by `kernels` on the GPU. `pool` and `classify` are what callers take: the same, but
+where nothing looks at operators they call the device's path at once, since the dispatcher takes longer than a small
+image does. With u = W^T g for a gradient g of the logits and
 r = 1 / ||Y||: z.u = (logits - b).g, so the gradient of the descriptor, dY = r (u - z (z.u)), needs no reduction over D.
 """
 
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._compat import has_modes, is_batched, under_transform
 from . import cpu, reference
 from .packing import packed_size
 from .reference import compute_dtype
 
-__all__ = ['bilinear_classify', 'bilinear_pool']
+__all__ = ['bilinear_classify', 'bilinear_pool', 'classify', 'pool']
 
 
 def _path(x: Tensor):
@@ -26,6 +29,23 @@ def _path(x: Tensor):
     from . import kernels  # Triton is not everywhere installed, nor needed
 
     return kernels
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def _is_unobserved(*tensors: Optional[Tensor]) -> bool:
+    """Whether a call is for autograd alone: no compiler, mode, transform, autocast or other tensor looks at it."""
+    if torch.compiler.is_compiling() or has_modes() or under_transform():
+        return False
+    device_type = tensors[0].device.type
+    if device_type not in ('cpu', 'cuda') or torch.is_autocast_enabled(device_type):
+        return False
+    return all(x is None or (type(x) in _ORDINARY and not is_batched(x)) for x in tensors)
+
+
+def _needs_grad(*tensors: Optional[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _fake_descriptors(a: Tensor, b: Optional[Tensor], gpu_dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor]:
@@ -74,19 +94,12 @@ def _one_by_one(op):
     op.register_vmap(run)
 
 
-@torch.library.custom_op('timm_bilinear::bilinear_pool', mutates_args=(), device_types=('cpu', 'cuda'))
-def bilinear_pool(a: Tensor, b: Optional[Tensor], pool: str, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+def _run_pool(a: Tensor, b: Optional[Tensor], pool: str, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
     """See `forward` of the device's path."""
     return _path(a).forward(a, b, pool, eps)
 
 
-@bilinear_pool.register_fake
-def _(a, b, pool, eps):
-    return _fake_descriptors(a, b, torch.float32 if a.dtype == torch.float16 else a.dtype)
-
-
-@torch.library.custom_op('timm_bilinear::bilinear_pool_backward', mutates_args=(), device_types=('cpu', 'cuda'))
-def bilinear_pool_backward(
+def _run_pool_backward(
     grad: Tensor,
     y: Tensor,
     scale: Tensor,
@@ -98,6 +111,65 @@ def bilinear_pool_backward(
     """Gradients of a and b, see `backward` of the device's path; empty if there is no b."""
     grads = _path(a).backward(grad, y, scale, a, b, pool, eps)
     return _with_absent(a, grads[0], None if b is None else grads[1])
+
+
+def _run_classify(
+    a: Tensor,
+    b: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    pool: str,
+    eps: float,
+    recompute: bool,
+    narrow: Optional[Tensor],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `classify` of the device's path.
+
+    `recompute` keeps no descriptors for backward, which makes them again. `narrow` is the weight in the dtype of the
+    features, if that is another: cast once for both ways.
+    """
+    return _path(a).classify(a, b, weight if narrow is None else narrow, bias, pool, eps)
+
+
+def _run_classify_backward(
+    grad: Tensor,
+    scores: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+    a: Tensor,
+    b: Optional[Tensor],
+    weight: Tensor,
+    pool: str,
+    eps: float,
+    need_features: bool,
+    need_weight: bool,
+    save_memory: bool,
+    weight_dtype: torch.dtype,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and weight, see `classify_backward` of the device's path; empty if not needed."""
+    grads = _path(a).classify_backward(
+        grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory, weight_dtype
+    )
+    grad_weight = grads.pop() if need_weight else None
+    grad_a, grad_b, *_ = (*grads, None, None)
+    return _with_absent(a, grad_a, grad_b, grad_weight)
+
+
+def _op(name: str, run: Callable):
+    return torch.library.custom_op(f'timm_bilinear::{name}', run, mutates_args=(), device_types=('cpu', 'cuda'))
+
+
+bilinear_pool = _op('bilinear_pool', _run_pool)
+bilinear_pool_backward = _op('bilinear_pool_backward', _run_pool_backward)
+bilinear_classify = _op('bilinear_classify', _run_classify)
+bilinear_classify_backward = _op('bilinear_classify_backward', _run_classify_backward)
+_ops = torch.ops.timm_bilinear
+
+
+@bilinear_pool.register_fake
+def _(a, b, pool, eps):
+    return _fake_descriptors(a, b, torch.float32 if a.dtype == torch.float16 else a.dtype)
 
 
 @bilinear_pool_backward.register_fake
@@ -127,27 +199,9 @@ def _pool_backward(ctx, grad, grad_norm, _scale):
     if grad_norm is not None:
         along = torch.where(norm > 1e-12, grad_norm / norm, 0.0).unsqueeze(1) * y  # clamped, the norm is a constant
         grad = along if grad is None else along.add_(grad)
-    grads = torch.ops.timm_bilinear.bilinear_pool_backward(grad, y, scale, a, b, ctx.pool, ctx.eps)
+    run = _run_pool_backward if _is_unobserved(a, b, grad, y) else _ops.bilinear_pool_backward
+    grads = run(grad, y, scale, a, b, ctx.pool, ctx.eps)
     return grads[0], None if b is None else grads[1], None, None
-
-
-@torch.library.custom_op('timm_bilinear::bilinear_classify', mutates_args=(), device_types=('cpu', 'cuda'))
-def bilinear_classify(
-    a: Tensor,
-    b: Optional[Tensor],
-    weight: Tensor,
-    bias: Optional[Tensor],
-    pool: str,
-    eps: float,
-    recompute: bool,
-    narrow: Optional[Tensor],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `classify` of the device's path.
-
-    `recompute` keeps no descriptors for backward, which makes them again. `narrow` is the weight in the dtype of the
-    features, if that is another: cast once for both ways.
-    """
-    return _path(a).classify(a, b, weight if narrow is None else narrow, bias, pool, eps)
 
 
 @bilinear_classify.register_fake
@@ -155,32 +209,6 @@ def _(a, b, weight, bias, pool, eps, recompute, narrow):
     y, norm, scale = _fake_descriptors(a, b, a.dtype)
     logits = a.new_empty(a.shape[0], weight.shape[0])
     return logits, logits.new_empty(logits.shape, dtype=norm.dtype), y, norm, scale
-
-
-@torch.library.custom_op('timm_bilinear::bilinear_classify_backward', mutates_args=(), device_types=('cpu', 'cuda'))
-def bilinear_classify_backward(
-    grad: Tensor,
-    scores: Tensor,
-    y: Tensor,
-    norm: Tensor,
-    scale: Tensor,
-    a: Tensor,
-    b: Optional[Tensor],
-    weight: Tensor,
-    pool: str,
-    eps: float,
-    need_features: bool,
-    need_weight: bool,
-    save_memory: bool,
-    weight_dtype: torch.dtype,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and weight, see `classify_backward` of the device's path; empty if not needed."""
-    grads = _path(a).classify_backward(
-        grad, scores, y, norm, scale, a, b, weight, pool, eps, need_features, need_weight, save_memory, weight_dtype
-    )
-    grad_weight = grads.pop() if need_weight else None
-    grad_a, grad_b, *_ = (*grads, None, None)
-    return _with_absent(a, grad_a, grad_b, grad_weight)
 
 
 @bilinear_classify_backward.register_fake
@@ -211,10 +239,11 @@ def _classify_backward(ctx, grad, *_):
         return *_reference_gradients(run, (a, b, weight, bias), needed, grad), None, None, None, None
     if ctx.recompute:
         with torch.no_grad():
-            y, *descriptors = torch.ops.timm_bilinear.bilinear_pool(a, b, ctx.pool, ctx.eps)
+            y, *descriptors = pool(a, b, ctx.pool, ctx.eps)
         descriptors = (y.to(ctx.y_dtype), *descriptors)
     need_features, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
-    grads = torch.ops.timm_bilinear.bilinear_classify_backward(
+    run = _run_classify_backward if _is_unobserved(a, b, grad, scores, weight) else _ops.bilinear_classify_backward
+    grads = run(
         grad,
         scores,
         *descriptors,
@@ -234,6 +263,47 @@ def _classify_backward(ctx, grad, *_):
     return grad_a, grad_b, grads[2] if need_weight else None, grad_bias, None, None, None, None
 
 
+def _function(name: str, run: Callable, setup: Callable, backward: Callable):
+    """What `register_autograd` makes of an op, without the dispatcher."""
+
+    def forward(ctx, *inputs):
+        output = run(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    return type(name, (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward)))
+
+
+_PoolFunction = _function('BilinearPool', _run_pool, _pool_setup, _pool_backward)
+_ClassifyFunction = _function('BilinearClassify', _run_classify, _classify_setup, _classify_backward)
+
+
+def pool(a: Tensor, b: Optional[Tensor], pool: str, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """See `forward` of the device's path."""
+    if not _is_unobserved(a, b):
+        return _ops.bilinear_pool(a, b, pool, eps)
+    run = _PoolFunction.apply if _needs_grad(a, b) else _run_pool
+    return run(a, b, pool, eps)
+
+
+def classify(
+    a: Tensor,
+    b: Optional[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    pool: str,
+    eps: float,
+    recompute: bool,
+    narrow: Optional[Tensor],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `_run_classify`."""
+    args = a, b, weight, bias, pool, eps, recompute, narrow
+    if not _is_unobserved(a, b, weight, bias, narrow):
+        return _ops.bilinear_classify(*args)
+    run = _ClassifyFunction.apply if _needs_grad(a, b, weight, bias) else _run_classify
+    return run(*args)
+
+
 bilinear_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
 bilinear_classify.register_autograd(_classify_backward, setup_context=_classify_setup)
 _one_by_one(bilinear_pool_backward)
@@ -251,7 +321,6 @@ def _ignore_autocast(op, device_type: str):
     _autocast.impl(op.name(), run, f'Autocast{device_type.upper()}')
 
 
-_ops = torch.ops.timm_bilinear
 for _device_type in ('cpu', 'cuda'):
     for _op in (
         _ops.bilinear_pool,

@@ -51,6 +51,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """`empty` with the shape, dtype and strides that torch.empty_like gives."""
+    if x.numel() * x.element_size() < _LARGE:
+        return torch.empty_like(x)
     like = torch.empty_like(x, device='meta')
     if like.is_contiguous():
         return empty(x.shape, x.dtype)
