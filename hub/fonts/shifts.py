@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
-import torch
 from faces import Face, find_fonts
 from render import Layout, render_text
 from texts import random_text
-from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from timm_bilinear.tools.inference import batch_logits, load, resolve_amp_dtype
+from timm_bilinear import predict
+from timm_bilinear.tools.inference import load
 from timm_bilinear.tools.measure import markdown_table, write
 
 __all__ = ['BASE', 'SHIFTS', 'measure_shift']
@@ -68,24 +67,22 @@ def _images(faces: List[Face], layout: Layout, size: int) -> Iterator[Any]:
         yield render_text(face, random_text('val', 'prose', 160, rng), layout, size, rng)
 
 
-def measure_shift(model: nn.Module, faces: List[Face], layout: Layout) -> float:
-    """Top-1 in percent of a model whose classes are the faces, on an image of each."""
-    config = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
-    amp_dtype = resolve_amp_dtype('auto', torch.device('cpu'))
-    images = [transform(image) for image in _images(faces, layout, config['input_size'][-1])]
-    correct = 0
-    for start in range(0, len(images), 32):
-        batch = torch.stack(images[start : start + 32])
-        guesses = batch_logits(model, batch, amp_dtype).argmax(1)
-        correct += (guesses == torch.arange(start, start + len(batch))).sum().item()
-    return 100 * correct / len(images)
+def measure_shift(model: nn.Module, faces: List[Face], layout: Layout, tta: str = 'none') -> float:
+    """Top-1 in percent of a model whose classes are the faces, on an image of each; `tta` as `predict` has it."""
+    images = list(_images(faces, layout, model.pretrained_cfg['input_size'][-1]))
+    guesses = [result['predictions'][0]['index'] for result in predict(model, images, topk=1, tta=tta)]
+    return 100 * sum(guess == i for i, guess in enumerate(guesses)) / len(images)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', type=Path, help='folder with config.json and model.safetensors')
     parser.add_argument('fonts', type=Path, help='folder of the fonts')
+    layouts = [name for name, _ in SHIFTS]
+    parser.add_argument('--layouts', nargs='+', choices=layouts, default=layouts, help='beside the base (default: all)')
+    parser.add_argument(
+        '--tta', nargs='+', default=['none'], help='views, as `predict` has them (default: %(default)s)'
+    )
     parser.add_argument('--output', type=Path, help='file for the table')
     args = parser.parse_args()
     try:
@@ -94,13 +91,18 @@ def main():
         if missing := [name for name in names if name not in fonts]:
             raise ValueError(f"There is no font '{missing[0]}' in '{args.fonts}'.")
         faces = [fonts[name][0] for name in names]
-        rows, base = [], None
+        rows, base = [], {}
         for name, change in SHIFTS:
-            top1 = measure_shift(model, faces, replace(BASE, **change))
-            base = top1 if base is None else base
-            rows.append([name, f'{top1:.1f} %', '' if name == 'base' else f'{top1 - base:+.1f}'])
-            print(*rows[-1], flush=True)
-        write(markdown_table(['layout', 'top-1', 'change'], rows), args.output)
+            if name != 'base' and name not in args.layouts:
+                continue
+            row = [name]
+            for tta in args.tta:
+                top1 = measure_shift(model, faces, replace(BASE, **change), tta)
+                row += [f'{top1:.1f} %', f'{top1 - base.setdefault(tta, top1):+.1f}']
+            rows.append(row)
+            print(*row, flush=True)
+        columns = [column for tta in args.tta for column in (f'top-1, `--tta {tta}`', 'change')]
+        write(markdown_table(['layout', *columns], rows), args.output)
     except (OSError, RuntimeError, ValueError) as e:
         sys.exit(f'shifts.py: error: {e}')
 
