@@ -14,6 +14,7 @@ from faces import demo_fonts
 from folder import render_folder
 from PIL import Image
 from protocol import KINDS, draw_protocol, prose
+from report import Report
 
 WHITE_ON = np.array([0.299, 0.587, 0.114])
 
@@ -127,3 +128,13 @@ def test_the_card_tells_retrieval():
     assert '1,006 queries' in text and '2,000 images' in text and '50 families' in text
     assert '| right is an image of | recall@1 | MAP@R |\n| --- | --- | --- |\n' in text
     assert '| the same font of 503 | 49.4 % | 7.0 % |\n| the same family of 50 | 49.4 % | 7.0 % |' in text
+
+
+def test_the_card_tells_targets():
+    def report(top1, family_top1):
+        return Report(100, 10, 5, top1, 99.9, family_top1, 1.0, 1000, {}, [])
+
+    text = publish.describe_targets({'protocol': report(93.9, 98.7), 'chromium': report(90.5, 97.8)})
+    assert '- protocol, 97 % of fonts and 99 % of families: fonts missed by 3.1 points, families missed by 0.3' in text
+    assert '- chromium, 90 % of fonts and 97 % of families: met' in text
+    assert publish.describe_targets({'others': report(1.0, 1.0)}) == ''
