@@ -79,7 +79,9 @@ def main():
     parser.add_argument('model', type=Path, help='folder with config.json and model.safetensors')
     parser.add_argument('fonts', type=Path, help='folder of the fonts')
     layouts = [name for name, _ in SHIFTS]
-    parser.add_argument('--layouts', nargs='+', choices=layouts, default=layouts, help='beside the base (default: all)')
+    parser.add_argument(
+        '--layouts', nargs='+', choices=layouts, default=layouts, metavar='NAME', help='beside the base (default: all)'
+    )
     parser.add_argument(
         '--tta', nargs='+', default=['none'], help='views, as `predict` has them (default: %(default)s)'
     )

@@ -147,6 +147,8 @@ def train(args: argparse.Namespace):
         net = timm.create_model(args.model, num_classes=len(names))
     net = net.to(memory_format=torch.channels_last)
     for name in args.freeze:
+        if name not in dict(net.named_modules()):
+            raise ValueError(f"The model has no module '{name}' to freeze.")
         net.get_submodule(name).requires_grad_(False)
     optimizer = _create_optimizer(net, args.lr, args.head_lr)
     peaks = [group['lr'] for group in optimizer.param_groups]

@@ -153,3 +153,14 @@ def test_fast_path_is_taken(monkeypatch):
     for pool in ('avg', 'sum'):
         bilinear_pool(a, pool=pool)
         bilinear_classify(a, None, weight, bias, pool=pool)
+
+
+def test_eager_calls_go_past_the_dispatcher(monkeypatch):
+    a = features(6, 5).requires_grad_()
+    weight, bias = (x.requires_grad_() for x in classifier(6))
+    monkeypatch.setattr(library, '_ops', None)
+    for recompute in (False, True):
+        bilinear_classify(a, None, weight, bias, recompute=recompute).sum().backward()
+    bilinear_pool(a).sum().backward()
+    with torch.autocast('cpu', torch.bfloat16), pytest.raises(AttributeError):
+        library.classify(a, None, weight, bias, 'avg', 1e-5, False, None)

@@ -76,7 +76,7 @@ def test_reader():
     net = timm.create_model('bcnn', **ONE).eval()
     net.pretrained_cfg.update(crop_mode='border', crop_pct=1.0, input_size=(3, 96, 96))
     shown = ImageReader(net, torch.device('cpu'))(Source('dot', dotted((300, 500), 0.5, 0.5)))
-    assert len(shown.views) == len(shown.boxes) == VIEWS and shown.views.shape[1:] == (3, 96, 96)
+    assert len(shown.views) == len(shown.boxes) == VIEWS == 10 and shown.views.shape[1:] == (3, 96, 96)
     assert shown.boxes[0] == pytest.approx((-1 / 3, 0, 4 / 3, 1), abs=0.01)
     pixels, boxes, probabilities = choose_views(net, [shown])
     assert boxes[0] in shown.boxes and probabilities.sum().item() == pytest.approx(1, abs=1e-5)
