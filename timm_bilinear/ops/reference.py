@@ -22,6 +22,7 @@ __all__ = [
     'products',
     'safe_scales',
     'signed_root',
+    'triangle',
     'widen',
 ]
 
@@ -101,16 +102,31 @@ def signed_root(z: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     return z.sign() * ((z.abs() + eps).sqrt() - eps.sqrt())
 
 
-def pack(y: torch.Tensor) -> torch.Tensor:
-    """Upper triangle of (B, C, C), off-diagonals times sqrt(2), gathered by an index that is a constant of graphs."""
-    channels = int(y.shape[1])  # a tensor, for the tracer
+def triangle(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Upper triangle of (B, C, C), gathered by an index that is a constant of graphs, and what packing multiplies by.
+
+    What changes each entry alone takes half the time between the two.
+
+    Args:
+        z: (B, C, C).
+
+    Returns:
+        Tuple: entries, (B, D); factors, (D,), 1 of the diagonal and sqrt(2) of the rest.
+    """
+    channels = int(z.shape[1])  # a tensor, for the tracer
     if torch.jit.is_scripting():
-        row, col = torch.triu_indices(channels, channels, device=y.device).unbind(0)
+        row, col = torch.triu_indices(channels, channels, device=z.device).unbind(0)
         flat, diagonal = row * channels + col, torch.nonzero(row == col).flatten()
     else:
-        flat, _, diagonal = triangle_indices(channels, y.device)
-    factor = torch.full((flat.shape[0],), 2.0**0.5, dtype=y.dtype, device=y.device)
-    return y.flatten(1).index_select(1, flat) * factor.index_fill(0, diagonal, 1.0)
+        flat, _, diagonal = triangle_indices(channels, z.device)
+    factor = torch.full((flat.shape[0],), 2.0**0.5, dtype=z.dtype, device=z.device)
+    return z.flatten(1).index_select(1, flat), factor.index_fill(0, diagonal, 1.0)
+
+
+def pack(z: torch.Tensor) -> torch.Tensor:
+    """Upper triangle of (B, C, C), off-diagonals times sqrt(2), (B, D)."""
+    entries, factor = triangle(z)
+    return entries * factor
 
 
 def _unnormalised(

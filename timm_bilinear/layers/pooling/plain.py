@@ -112,7 +112,10 @@ def root_and_norm(z: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         (B, D).
     """
-    y = reference.signed_root(z, torch.full((), eps, dtype=z.dtype, device=z.device))
+    offset = torch.full((), eps, dtype=z.dtype, device=z.device)
     if z.dim() == 3:
-        y = reference.pack(y)
+        entries, factor = reference.triangle(z)
+        y = reference.signed_root(entries, offset) * factor
+    else:
+        y = reference.signed_root(z, offset)
     return y / reference.norm(y)

@@ -34,12 +34,15 @@ def _describe(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, power: str,
     a = a / torch.where(largest_a > 0, largest_a, 1.0)
     b_ = a if b is None else b_ / torch.where(largest_b > 0, largest_b, 1.0)
     p = reference.products(a, b_, pool) / _bound(a, b_, pool)
+    factor = torch.ones((), dtype=p.dtype, device=p.device)
+    if b is None:
+        p, factor = reference.triangle(p)
     if power == 'sigme':
         y = torch.tanh(0.5 * eta * p)  # 2 / (1 + exp(-eta p)) - 1
     else:
         p = p.clamp(-1.0, 1.0)  # but for rounding it is
         y = torch.where(p >= 0, 1 - (1 - p) ** eta, (1 + p) ** eta - 1)
-    y = reference.pack(y) if b is None else y.flatten(1)
+    y = y.flatten(1) * factor
     return y / reference.norm(y)
 
 
