@@ -3,12 +3,11 @@
     python hub/fonts/build.py unseen25 --npm $(python hub/fonts/compare.py --families)     # 25 families not trained on
     python hub/fonts/build.py unseen25 img50 --select '*-latin-[47]00-normal*' --train 60 --val 20 --test 10 --size 112
     python hub/fonts/compare.py img50 hub/fonts/compare.json resnet18 --start hub/FOLDER --table table.md
-    python hub/fonts/compare.py img50 hub/fonts/compare.json lite0 --start lite0 --frozen --table table.md
+    python hub/fonts/compare.py img50 hub/fonts/compare_frozen.json lite0 --start lite0 --frozen --table table.md
 
 The folder of images is one of build.py's: validation chooses the learning rate of the head, for each row alike, and the
-epoch; the test is of another renderer. `--start` is the folder of a model, whose layers below the last stage are taken
-('resnet18') or all of them ('lite0', and with `--frozen`, which trains the head alone). Finished runs are kept in the
-JSON file and not made again.
+epoch; the test is of another renderer. `--start` is the folder of a model that the features start from; `--frozen`
+trains the head alone. Finished runs are kept in the JSON file and not made again.
 """
 
 import argparse
@@ -46,12 +45,12 @@ FAMILIES = (
 SIZE = 112  # of the images that are trained on, and of a view
 HEAD_LRS = (3e-3, 3e-2, 1e-1)  # of AdamW, with the streams
 FROZEN_LRS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of SGD with momentum
-STREAM_LRS = {'resnet18': 1e-3, 'lite0': 3e-4}  # as `finetune` takes them without weights and with
-EPOCHS, FROZEN_EPOCHS = 8, 20
+STREAM_LR = 3e-4  # as `finetune` takes it with weights
+EPOCHS, FROZEN_EPOCHS = 5, 20
 BATCH_SIZE = 32
 RECIPE = dict(
     img_size=SIZE,
-    amp_dtype='float32',
+    amp_dtype='bfloat16',
     train_aug=dict(scale=[0.8, 1.0], ratio=[0.95, 1.05], hflip=0.0, color_jitter=None),
     workers=1,
     log_format='text',
@@ -79,7 +78,7 @@ class Network:
     Args:
         backbone: timm model.
         stages: Stages for a pooling that takes several; others take the last of them.
-        fresh: Beginnings of the names of the layers that do not start from the given weights.
+        fresh: Beginnings of the names of layers that the given weights do not have.
         whole: What timm's own network is called in the table.
     """
 
@@ -90,8 +89,8 @@ class Network:
 
 
 NETWORKS = {
-    'resnet18': Network('resnet18', (2, 3), ('layer3.', 'layer4.'), "timm's `resnet18`, with stage 4"),
-    'lite0': Network('tf_efficientnet_lite0', (3, 4), (), "timm's `tf_efficientnet_lite0`"),
+    'resnet18': Network('resnet18', (2, 3), ('layer4.',), "timm's `resnet18`, with stage 4"),
+    'lite0': Network('tf_efficientnet_lite0', (2, 3), (), "timm's `tf_efficientnet_lite0`, with stage 4"),
 }
 DATA_CONFIG = dict(
     input_size=(3, SIZE, SIZE),
@@ -138,7 +137,7 @@ def _start_weights(folder: Path) -> Dict[str, Any]:
     return (net.stream_a if isinstance(net, BilinearCNN) else net).state_dict()
 
 
-def create_start(network: Network, row: str, num_classes: int, seed: int, start: Path, frozen: bool) -> nn.Module:
+def create_start(network: Network, row: str, num_classes: int, seed: int, start: Path) -> nn.Module:
     """Create the model that a run starts from.
 
     Args:
@@ -147,7 +146,6 @@ def create_start(network: Network, row: str, num_classes: int, seed: int, start:
         num_classes: Number of classes.
         seed: Seed of what does not start from weights.
         start: Folder of a model with the same features.
-        frozen: Take all of its layers.
 
     Raises:
         ValueError: If that has other features.
@@ -156,7 +154,7 @@ def create_start(network: Network, row: str, num_classes: int, seed: int, start:
     random_seed(seed)
     net = timm.create_model(name, num_classes=num_classes, **args)
     features: nn.Module = net.stream_a if isinstance(net, BilinearCNN) else net
-    fresh = ('fc.', 'classifier.') + (() if frozen else network.fresh)
+    fresh = ('fc.', 'classifier.', *network.fresh)
     wanted = {k: v for k, v in features.state_dict().items() if not k.startswith(fresh)}
     weights = _start_weights(start)
     if any(k not in weights or weights[k].shape != v.shape for k, v in wanted.items()):
@@ -168,10 +166,10 @@ def create_start(network: Network, row: str, num_classes: int, seed: int, start:
 def run(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path) -> Dict[str, Any]:
     """Train and measure: top-1 in percent on validation and test, CPU seconds of training, parameters."""
     num_classes = sum(p.is_dir() for p in (images / 'train').iterdir())
-    stage = Stage(EPOCHS, 'adamw', lr=STREAM_LRS[key], head_lr=head_lr, weight_decay=0.05)
+    stage = Stage(EPOCHS, 'adamw', lr=STREAM_LR, head_lr=head_lr, weight_decay=0.05)
     with tempfile.TemporaryDirectory() as folder:
         fresh, output = Path(folder) / 'start', Path(folder) / 'run'
-        net = create_start(NETWORKS[key], row, num_classes, seed, start, frozen=False)
+        net = create_start(NETWORKS[key], row, num_classes, seed, start)
         save_model(net, fresh, data_config=DATA_CONFIG)
         began = sum(os.times()[:4])  # of this process and the loader's
         done = finetune(
@@ -198,7 +196,7 @@ def run(images: Path, key: str, row: str, head_lr: float, seed: int, start: Path
 @lru_cache(maxsize=2)
 def _frozen_features(images: Path, key: str, stages: Tuple[int, ...], start: Path) -> Dict[str, Features]:
     row = CROSS if len(stages) > 1 else '`avg`'
-    net = create_start(NETWORKS[key], row, 1, 0, start, frozen=True)
+    net = create_start(NETWORKS[key], row, 1, 0, start)
     net.pretrained_cfg = dict(net.pretrained_cfg, **DATA_CONFIG)
     return compute_features(net, images)
 
@@ -209,7 +207,7 @@ def run_frozen(images: Path, key: str, row: str, head_lr: float, seed: int, star
     stages = network.stages if row == CROSS else network.stages[-1:]
     features = _frozen_features(images, key, stages, start)
     names = sorted(p.name for p in (images / 'train').iterdir())
-    net = create_start(network, row, len(names), seed, start, frozen=True)
+    net = create_start(network, row, len(names), seed, start)
     result = train_head(net.head, features, head_lr, FROZEN_EPOCHS, BATCH_SIZE, seed)
     families = read_families(images)
     found = [(names[i], names[j]) for i, j in zip(result.predictions.tolist(), features['test'].targets.tolist())]
@@ -298,7 +296,8 @@ def main():
     if args.seeds < 1 or not chosen:
         parser.error(f'--seeds must be at least 1, --rows among {", ".join(names)}')
     try:
-        runs = Runs(args.runs, dict(recipe=RECIPE, epochs=EPOCHS, frozen_epochs=FROZEN_EPOCHS, images=args.images.name))
+        settings = dict(epochs=FROZEN_EPOCHS) if args.frozen else dict(recipe=RECIPE, epochs=EPOCHS)
+        runs = Runs(args.runs, dict(images=args.images.name, **settings))
 
         train = run_frozen if args.frozen else run
 

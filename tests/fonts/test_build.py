@@ -110,14 +110,17 @@ def test_compare_and_report(tmp_path, images, monkeypatch, call):
     for name, value in (('EPOCHS', 1), ('FROZEN_EPOCHS', 1), ('HEAD_LRS', (1e-3, 1e-2)), ('FROZEN_LRS', (1, 10))):
         monkeypatch.setattr(compare, name, value)
     file, table = tmp_path / 'runs.json', tmp_path / 'table.md'
-    args = (images, file, 'resnet18', '--start', PUBLISHED, '--seeds', 1, '--table', table)
-    rows = ('--rows', 'average pooling', 'sketch')
-    for frozen, parameters in (((), ['2,783,298', '2,799,170']), (('--frozen',), ['514', '16,386'])):
-        done = call('compare', *args, *rows, *frozen)
+    options = ('resnet18', '--start', PUBLISHED, '--seeds', 1, '--table', table)
+    args, rows = (images, file, *options), ('--rows', 'average pooling', 'sketch')
+    frozen_args = (images, tmp_path / 'frozen.json', *options, '--frozen')
+    for run_args, parameters in ((args, ['2,783,298', '2,799,170']), (frozen_args, ['514', '16,386'])):
+        done = call('compare', *run_args, *rows)
         assert done.returncode == 0, done.stderr
         lines = [line.split(' | ') for line in table.read_text().splitlines()[2:]]
         assert [line[2] for line in lines] == parameters
-    assert len(json.loads(file.read_text())['runs']) == 2 * 2 * 2
+        assert len(json.loads(run_args[1].read_text())['runs']) == 2 * 2
+    done = call('compare', *args, *rows, '--frozen')
+    assert done.returncode == 1 and 'made with other settings' in done.stderr
     before = file.read_bytes()
     assert call('compare', *args, *rows).returncode == 0 and file.read_bytes() == before
     monkeypatch.setattr(compare, 'EPOCHS', 2)
