@@ -71,7 +71,7 @@ def makes_other_tensors(device: torch.device) -> bool:
 
 def under_transform() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp ...) is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # which torch.compile traces as it is
 
 
 def has_modes() -> bool:

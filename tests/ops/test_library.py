@@ -164,3 +164,18 @@ def test_eager_calls_go_past_the_dispatcher(monkeypatch):
     bilinear_pool(a).sum().backward()
     with torch.autocast('cpu', torch.bfloat16), pytest.raises(AttributeError):
         library.classify(a, None, weight, bias, 'avg', 1e-5, False, None)
+
+
+@pytest.mark.parametrize('dynamic', [None, True])
+def test_compiled_graphs_have_the_op(dynamic):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    inputs = (features(12, 4, 4), None, *classifier(12))
+    torch.compile(both, fullgraph=True, backend=backend, dynamic=dynamic)(*inputs, 'avg')
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert any('bilinear_pool' in t for t in targets) and any('bilinear_classify' in t for t in targets), targets

@@ -1,7 +1,7 @@
 """Types and bounds of arguments, read from the signatures that have them.
 
-A constructor annotates an argument once, as in `eps: Annotated[float, Bounds(above=0)] = 1e-10`; the constructor
-itself, the command line and the check of configs from the Hub all read it there.
+A constructor annotates an argument once, as in `eps: Annotated[float, Bounds(above=0, most=1e30)] = 1e-10`; the
+constructor itself, the command line and the check of configs from the Hub all read it there.
 """
 
 import inspect

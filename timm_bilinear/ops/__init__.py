@@ -117,8 +117,8 @@ def _check(
             _check_dtype('bias', bias, a)
     if pool not in POOL_TYPES:
         raise ValueError(f"'pool' must be one of {', '.join(map(repr, POOL_TYPES))}, got {pool!r}.")
-    if not 0.0 < eps < float('inf'):
-        raise ValueError(f"'eps' must be positive and finite, got {eps}.")
+    if not 0.0 < eps <= 1e30:
+        raise ValueError(f"'eps' must be positive and at most 1e30, got {eps}.")
 
 
 @torch.compiler.assume_constant_result
@@ -194,7 +194,7 @@ def bilinear_pool(
         a: (B, Ca, H, W) or (B, Ca, N) features, floating point, any strides.
         b: (B, Cb, H, W) or (B, Cb, N) features of a second stream on the same grid, or None to pair `a` with itself.
         pool: 'avg', 'sum' or 'max' over locations.
-        eps: Offset under the square root, > 0.
+        eps: Offset under the square root, > 0 and at most 1e30.
 
     Returns:
         (B, D) with rows of unit length (zero for an all-zero image), in the dtype of `a` or of autocast. Two streams:
@@ -237,7 +237,7 @@ def bilinear_classify(
             `fold_symmetric_weight`.
         bias: (K,) or None.
         pool: 'avg', 'sum' or 'max' over locations.
-        eps: Offset under the square root, > 0.
+        eps: Offset under the square root, > 0 and at most 1e30.
         recompute: Keep no descriptors for backward, (B, D), and make them again there.
 
     Returns:

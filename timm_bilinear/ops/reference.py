@@ -17,6 +17,7 @@ __all__ = [
     'bilinear_pool',
     'compute_dtype',
     'descriptors',
+    'moderate_scale',
     'norm',
     'pack',
     'products',
@@ -32,33 +33,41 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Widen(torch.autograd.Function):
-    """float16 to float32; where float16 cannot hold the gradient it is the largest it can."""
+class _CompiledWiden(torch.autograd.Function):
+    """To the dtype of computation; where the dtype of features cannot hold the gradient it is the largest it can."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return x.float()
+        return x.float() if x.dtype == torch.float16 else x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return grad.clamp(-65504.0, 65504.0).half()
+        largest = torch.finfo(ctx.dtype).max
+        return grad.clamp(-largest, largest).to(ctx.dtype)
+
+
+class _Widen(_CompiledWiden):
+    """The same with a forward derivative, which torch.compile does not take."""
 
     @staticmethod
     def jvp(ctx, tangent: torch.Tensor) -> torch.Tensor:
-        return tangent.float()
+        return _CompiledWiden.forward(tangent)
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """Features (B, C, N) in the dtype they are multiplied in."""
+def widen(x: torch.Tensor, two: bool = False) -> torch.Tensor:
+    """Features (B, C, N) in the dtype they are multiplied in.
+
+    No dtype has the gradients of one stream, if they are tiny and those of the other, of `two`, are huge.
+    """
     if not torch.jit.is_scripting():
-        if x.dtype == torch.float16 and x.requires_grad:
-            x = _Widen.apply(x)
+        if x.requires_grad and (two or x.dtype == torch.float16):
+            x = (_CompiledWiden if torch.compiler.is_compiling() else _Widen).apply(x)
     return x.to(compute_dtype(x.dtype)).flatten(2)
 
 
@@ -90,6 +99,14 @@ def safe_scales(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.T
     return torch.where(huge, largest_a, 1.0), torch.where(huge, largest_b, 1.0)
 
 
+def moderate_scale(a: torch.Tensor) -> torch.Tensor:
+    """Divisors of each image's features, (B, 1, 1), for what is multiplied by them again: 1, but where products could
+    overflow such that the largest is 1e14, since a gradient times the largest itself could overflow, too.
+    """
+    scale, _ = safe_scales(a, a)
+    return torch.where(scale > 1, scale * 1e-14, scale)
+
+
 def norm(y: torch.Tensor) -> torch.Tensor:
     """Lengths (..., 1) of vectors (..., D), at least 1e-12; all their derivatives are finite, at 0 too."""
     squares = y.square().sum(-1, keepdim=True)
@@ -114,12 +131,14 @@ def triangle(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         Tuple: entries, (B, D); factors, (D,), 1 of the diagonal and sqrt(2) of the rest.
     """
     channels = int(z.shape[1])  # a tensor, for the tracer
+    size = channels * (channels + 1) // 2
     if torch.jit.is_scripting():
         row, col = torch.triu_indices(channels, channels, device=z.device).unbind(0)
         flat, diagonal = row * channels + col, torch.nonzero(row == col).flatten()
     else:
-        flat, _, diagonal = triangle_indices(channels, z.device)
-    factor = torch.full((flat.shape[0],), 2.0**0.5, dtype=z.dtype, device=z.device)
+        # An iterated number is a constant to torch.compile, also where sizes are symbols to it.
+        flat, _, diagonal = triangle_indices(len(range(channels)), z.device)
+    factor = torch.full((size,), 2.0**0.5, dtype=z.dtype, device=z.device)
     return z.flatten(1).index_select(1, flat), factor.index_fill(0, diagonal, 1.0)
 
 

@@ -26,7 +26,7 @@ class _CompactPooling(PlainPooling):
         *,
         dim: Annotated[int, Bounds(1, 1_000_000)] = 8192,
         seed: Annotated[int, Bounds(0, 1_000_000_000)] = 0,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        eps: Annotated[float, Bounds(above=0, most=1e30)] = 1e-10,
         device=None,
         dtype=None,
     ):

@@ -53,13 +53,17 @@ def _solve_lyapunov(g: torch.Tensor, vectors: torch.Tensor, roots: torch.Tensor)
 
 
 def _eigen_roots(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Roots of the eigenvalues (B, C), 0 for what is 0 but for rounding, and the eigenvectors (B, C, C)."""
-    values, vectors = torch.linalg.eigh(z)
-    roots = values.clamp_min(0).sqrt()
+    """Roots of the eigenvalues (B, C), 0 for what is 0 but for rounding, and the eigenvectors (B, C, C).
+
+    Of a matrix that is not finite, for which LAPACK gives up the whole batch, the roots are nan.
+    """
+    is_finite = z.isfinite().all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(is_finite[..., None, None], z, 0.0))
+    roots = torch.where(is_finite[..., None], values.clamp_min(0).sqrt(), torch.nan)
     return torch.where(roots <= _LEAST_ROOT * roots.amax(-1, keepdim=True), 0.0, roots), vectors
 
 
-class _MatrixRoot(torch.autograd.Function):
+class _CompiledMatrixRoot(torch.autograd.Function):
     """Square root by eigenvectors. Its derivative X solves S X + X S = dZ, the Lyapunov equation, which has no
     differences of eigenvalues in it as the derivatives of the eigenvectors have.
     """
@@ -81,6 +85,10 @@ class _MatrixRoot(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor, _, __) -> torch.Tensor:
         return _FirstDerivative.apply(grad, *ctx.saved_tensors)
+
+
+class _MatrixRoot(_CompiledMatrixRoot):
+    """The same with a forward derivative, which torch.compile does not take."""
 
     @staticmethod
     def jvp(ctx, tangent: torch.Tensor) -> Tuple[torch.Tensor, None, None]:
@@ -109,7 +117,8 @@ def matrix_root(z: torch.Tensor) -> torch.Tensor:
     """Square roots of symmetric positive semidefinite matrices, (B, C, C)."""
     if not torch.jit.is_scripting():
         if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-            return _MatrixRoot.apply(z)[0]
+            root = _CompiledMatrixRoot if torch.compiler.is_compiling() else _MatrixRoot
+            return root.apply(z)[0]
     return _iterated_root(z, 32)  # until roots of 3e-6 of the largest are there, in graphs that have no eigenvectors
 
 
@@ -152,7 +161,7 @@ class ISqrtPooling(PlainPooling):
         self.isometric = isometric
 
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
-        scale, _ = reference.safe_scales(a, a)
+        scale = reference.moderate_scale(a)
         a = a / scale
         return self.root(a - a.mean(2, keepdim=True)) * scale[:, 0]
 
@@ -202,7 +211,7 @@ class MatrixRootPooling(PlainPooling):
         in_features: Tuple[int, ...],
         *,
         iterations: Annotated[Optional[int], Bounds(1, 100)] = None,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        eps: Annotated[float, Bounds(above=0, most=1e30)] = 1e-10,
         device=None,
         dtype=None,
     ):

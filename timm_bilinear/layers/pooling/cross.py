@@ -33,7 +33,7 @@ class CrossPooling(PlainPooling):
         in_features: Tuple[int, ...],
         *,
         dim: Annotated[int, Bounds(1, 1_000_000)] = 8192,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        eps: Annotated[float, Bounds(above=0, most=1e30)] = 1e-10,
         device=None,
         dtype=None,
     ):

@@ -29,15 +29,15 @@ def democratic_weights(
         gamma: 0 lets every location contribute alike, 1 leaves them as they are.
         iterations: Number of iterations.
         damping: Weight of the new weights in the geometric mean with those before.
-        eps: Added to sums of the kernel.
+        eps: Least sum of the kernel.
 
     Returns:
         (B, N, 1).
     """
-    target = (kernel.sum(2, keepdim=True) + eps) ** gamma
+    target = kernel.sum(2, keepdim=True).clamp_min(eps) ** gamma
     weights = torch.ones_like(target)
     for _ in range(iterations):
-        new = target / (torch.bmm(kernel, weights) + eps)
+        new = target / torch.bmm(kernel, weights).clamp_min(eps)
         weights = new**damping * weights ** (1 - damping)
     return weights
 
@@ -59,7 +59,7 @@ class DemocraticPooling(PlainPooling):
         *,
         gamma: Annotated[float, Bounds(0, 1)] = 0.5,
         iterations: Annotated[int, Bounds(1, 1000)] = 10,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        eps: Annotated[float, Bounds(above=0, most=1e30)] = 1e-10,
         device=None,
         dtype=None,
     ):

@@ -36,7 +36,7 @@ class ExactPooling(BilinearPooling):
         self,
         in_features: Tuple[int, ...],
         *,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        eps: Annotated[float, Bounds(above=0, most=1e30)] = 1e-10,
         power: Literal['root', 'sigme', 'maxexp'] = 'root',
         eta: Annotated[Optional[float], Bounds(1)] = None,
         device=None,
@@ -58,6 +58,8 @@ class ExactPooling(BilinearPooling):
         self.reduction = type(self).reduction  # an attribute of its own, for TorchScript
 
     def forward(self, a: torch.Tensor, b: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            self.check_maps(a, b)
         if self.power != 'root':
             return power_pool(a, b, self.reduction, self.power, self.eta)
         if not torch.jit.is_scripting():

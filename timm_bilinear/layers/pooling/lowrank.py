@@ -93,7 +93,12 @@ class LowRankPooling(PlainPooling):
 
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
         if not self.norm:
-            return reference.pack(reference.products(a, a, 'avg'))
+            scale = reference.moderate_scale(a)
+            largest = 1.79e308 if a.dtype == torch.float64 else 3.38e38  # bfloat16 holds it, too
+            a = a / scale
+            z = reference.pack(reference.products(a, a, 'avg'))
+            z = (z * scale[:, 0]).clamp(-largest, largest)
+            return (z * scale[:, 0]).clamp(-largest, largest)
         z = reference.pack(mean_products(a, None))
         return z / reference.norm(z)
 

@@ -34,7 +34,7 @@ class MomentsPooling(PlainPooling):
         *,
         dim: Annotated[int, Bounds(2, 65536)] = 256,
         heads: Annotated[int, Bounds(2, 1024)] = 4,
-        eps: Annotated[float, Bounds(above=0)] = 1e-10,
+        eps: Annotated[float, Bounds(above=0, most=1e30)] = 1e-10,
         device=None,
         dtype=None,
     ):
@@ -74,16 +74,19 @@ class MomentsPooling(PlainPooling):
 
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
         """Of tokens `a`; the class token is that at every location of `b`."""
-        first = (a if b is None else b).mean(2)
-        first = F.layer_norm(first / first.detach().abs().amax(1, keepdim=True).clamp_min(1.0), self.in_features[-1:])
+        tokens = a if b is None else b
+        scale, _ = reference.safe_scales(tokens, tokens)
+        first = (tokens / scale).mean(2)
+        first = first / torch.maximum(first.detach().abs().amax(1, keepdim=True), 1 / scale[:, 0])
+        first = F.layer_norm(first, self.in_features[-1:])
         z = self.covariances(self.centred(a))
-        y = reference.signed_root(z, torch.full((), self.eps, dtype=z.dtype, device=z.device))
+        y = reference.signed_root(z, torch.full((), max(self.eps, 1e-30), dtype=z.dtype, device=z.device))
         return torch.cat([first, (y / reference.norm(y)).flatten(1)], 1)
 
     def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:
         """The mean token's channels less their mean, of which the class token has no location; and the covariances."""
         tokens = a if b is None else b
-        first = tokens.mean(2)
+        first = (tokens / reference.safe_scales(tokens, tokens)[0]).mean(2)
         is_class_token = b is not None and bool((b == b[:, :, :1]).all())  # the same at every location
         x = self.centred(a).flatten(2).transpose(1, 2)  # (B, dim, N)
         heads = x.transpose(1, 2).unflatten(2, (self.heads, self.head_dim))

@@ -31,6 +31,7 @@ class PlainPooling(BilinearPooling):
             return _narrow(self.describe(reference.widen(a), b if b is None else reference.widen(b)), a.dtype)
         if isinstance(a, torch.fx.Proxy):  # a node of the graph: what depends on sizes ends a trace
             return a.tracer.create_proxy('call_module', a.tracer.path_of_module(self), (a, b), {})
+        self.check_maps(a, b)
         return in_float32(self.describe, a, b)
 
 
@@ -56,8 +57,8 @@ def in_float32(
     with without_autocast(a.device.type):
         if b is not None:  # autocast may not have given them one dtype
             both = torch.promote_types(a.dtype, b.dtype)
-            a, b = a.to(both), reference.widen(b.to(both))
-        return _narrow(describe(reference.widen(a), b, *args), dtype)
+            a, b = a.to(both), reference.widen(b.to(both), two=True)
+        return _narrow(describe(reference.widen(a, two=b is not None), b, *args), dtype)
 
 
 def _narrow(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -112,7 +113,7 @@ def root_and_norm(z: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         (B, D).
     """
-    offset = torch.full((), eps, dtype=z.dtype, device=z.device)
+    offset = torch.full((), max(eps, 1e-30), dtype=z.dtype, device=z.device)  # sqrt() has no gradient at 0
     if z.dim() == 3:
         entries, factor = reference.triangle(z)
         y = reference.signed_root(entries, offset) * factor

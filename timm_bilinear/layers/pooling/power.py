@@ -16,7 +16,10 @@ __all__ = ['power_pool']
 
 
 def _bound(a: torch.Tensor, b: torch.Tensor, pool: str) -> torch.Tensor:
-    """The trace of the pooled outer product of one stream with itself, (B, 1, 1); of two, what bounds its entries."""
+    """What entries of the pooled outer product are divided by, (B, 1, 1), and at most as large as.
+
+    Of one stream with itself the trace of the mean or sum; of 'max' the largest |a_n|^2, which is less than the trace.
+    """
     squares_a, squares_b = a.square().sum(1), b.square().sum(1)
     if pool == 'max':
         bound = squares_a.amax(1) * squares_b.amax(1)
@@ -40,8 +43,9 @@ def _describe(a: torch.Tensor, b: Optional[torch.Tensor], pool: str, power: str,
     if power == 'sigme':
         y = torch.tanh(0.5 * eta * p)  # 2 / (1 + exp(-eta p)) - 1
     else:
-        p = p.clamp(-1.0, 1.0)  # but for rounding it is
-        y = torch.where(p >= 0, 1 - (1 - p) ** eta, (1 + p) ** eta - 1)
+        # Beyond 1 there is but rounding. The power is of numbers up to 1 alone: what overflows has no derivative.
+        size = 1 - (1 - torch.where(p >= 0, p, -p).clamp(max=1.0)) ** eta
+        y = torch.where(p >= 0, size, -size)
     y = y.flatten(1) * factor
     return y / reference.norm(y)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Callable, ClassVar, Dict, List, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 
 from ...ops import fold_symmetric_weight
@@ -81,6 +82,23 @@ class BilinearPooling(nn.Module):
         A subclass may take any number of maps, `forward(self, *maps)`; TorchScript wants them named as here.
         """
         raise RuntimeError(f'{type(self).__name__} has no forward.')
+
+    def check_maps(self, a: torch.Tensor, b: Optional[torch.Tensor]):
+        """Check that there are as many maps, of as many channels, as the pooling was created for.
+
+        Raises:
+            ValueError: If there are not.
+        """
+        if isinstance(a, torch.fx.Proxy) or not hasattr(self, 'in_features'):
+            return  # nothing is known of a node of a graph, nor of what a pooling of the user's own takes
+        wanted, maps = self.in_features, [x for x in (a, b) if x is not None]
+        if self.takes_levels and len(maps) == 1:
+            wanted = (sum(wanted),)
+        if not all(isinstance(x, torch.Tensor) and x.dim() > 1 for x in maps):
+            return  # told elsewhere
+        got = tuple(x.shape[1] for x in maps)
+        if got != wanted:
+            raise ValueError(f'{type(self).__name__} takes maps of {wanted} channels, got maps of {got}.')
 
     def classify(self, maps: Tuple[torch.Tensor, ...], fc: nn.Linear) -> Optional[torch.Tensor]:
         """Logits (B, K) of a plain linear classifier by a fused path, or None: `fc(self(*maps))` is called then."""
