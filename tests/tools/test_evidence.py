@@ -206,6 +206,48 @@ def test_classifier_that_is_no_plain_linear(kind):
     torch.testing.assert_close(sums(found), net(x).detach().amax(1), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('kind', ['layer norm', 'relu', 'tanh', 'softmax', 'unit length', 'hook'])
+def test_classifier_that_is_not_affine(kind, dtype):
+    """What is left of such a logit would be called its bias."""
+    net = create(**ONE)
+    size = net.head.fc.in_features
+    if kind == 'hook':
+        net.head.fc.register_forward_hook(lambda module, args, out: out.relu())
+    else:
+        net.head.fc = {
+            'layer norm': lambda: nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 5)),
+            'relu': lambda: nn.Sequential(nn.Linear(size, 16), nn.ReLU(), nn.Linear(16, 5)),
+            'tanh': lambda: nn.Sequential(nn.Linear(size, 16), nn.Tanh(), nn.Linear(16, 5)),
+            'softmax': lambda: nn.Sequential(nn.Linear(size, 5), nn.LogSoftmax(1)),
+            'unit length': lambda: UnitLength(size, 5),
+        }[kind]()
+    name = type(net.head.fc).__name__
+    with pytest.raises(ValueError, match=f'no sum over locations: its classifier, of class {name}, is not linear'):
+        timm_bilinear.explain(net.to(dtype).eval(), images(dtype=dtype))
+
+
+class UnitLength(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.normalize(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('name', list_poolings())
+def test_layers_in_sequence_are_affine(name, dtype):
+    """Whatever the rounding of the descriptors and of the classifier."""
+    net = create(pool_type=name, **ONE)
+    size = net.head.pool.num_features
+    layers = (nn.BatchNorm1d(size), nn.Dropout(), nn.Linear(size, 64), nn.Identity(), nn.Linear(64, 5))
+    net.head.fc = nn.Sequential(*layers)
+    net = net.to(dtype).eval()
+    nn.init.normal_(net.head.fc[-1].bias, std=10)
+    found = timm_bilinear.explain(net, images(dtype=dtype))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    zero = net.head.fc(torch.zeros(1, size, dtype=dtype)).detach()[0, found.target]
+    torch.testing.assert_close(found.bias, zero.float(), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize('name', list_poolings())
 def test_finite(name):
     """No evidence where there are no features, and numbers where they are large."""

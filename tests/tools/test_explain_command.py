@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_models import ONE
+from small_models import ONE, create
 
 from timm_bilinear import predict
 from timm_bilinear.cli import main
 from timm_bilinear.hub import save_model
+from timm_bilinear.tools import explain as explain_tool
 
 NAMES = ['cat', 'dog', 'owl', 'fox', 'emu']
 
@@ -147,6 +148,89 @@ def test_images_of_one_name_and_what_is_none(model, pictures, tmp_path, capsys):
     assert {p.name for p in (tmp_path / 'out').iterdir()} == {'0.png', '0_2.png', 'sheet.png', 'explain.json'}
     err = capsys.readouterr().err
     assert 'broken.png' in err and 'none.png' in err and '2 images have none' in err
+
+
+def test_narrow_image(model, pictures, tmp_path):
+    """A side that is less than a pixel in the picture is drawn as one."""
+    Image.new('RGB', (800, 1), 'red').save(tmp_path / 'narrow.png')
+    Image.new('RGB', (1, 800), 'red').save(tmp_path / 'high.png')
+    run(model, tmp_path / 'narrow.png', pictures / '0.png', tmp_path / 'high.png', '--output', tmp_path / 'out')
+    files = {p.name for p in (tmp_path / 'out').iterdir()}
+    assert files == {'narrow.png', '0.png', 'high.png', 'sheet.png', 'explain.json'}
+
+
+def test_image_that_cannot_be_drawn(model, pictures, tmp_path, capsys, monkeypatch):
+    draw = explain_tool.draw_panels
+
+    def fail(image, *args):
+        if image.size == (80, 120):
+            raise ValueError('no paint')
+        return draw(image, *args)
+
+    monkeypatch.setattr(explain_tool, 'draw_panels', fail)
+    assert run(model, pictures, '--output', tmp_path / 'out', '--json', tmp_path / 'j', code=1) == 1
+    assert f'{pictures / "1.png"}: no paint' in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {'0.png', '2.png', 'sheet.png', 'explain.json'}
+    assert {t['image']: t['error'] for t in json.loads((tmp_path / 'j').read_text())} == {
+        str(pictures / '0.png'): None,
+        str(pictures / '1.png'): 'no paint',
+        str(pictures / '2.png'): None,
+    }
+
+
+def test_failed_run_knows_its_folder(model, pictures, tmp_path, monkeypatch):
+    """What a run that fails late has written is its own, and what one that fails early would replace is kept."""
+    with monkeypatch.context() as m:
+        m.setattr(explain_tool, 'draw_sheet', lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, pictures, '--output', tmp_path / 'out')
+    assert json.loads((tmp_path / 'out' / 'explain.json').read_text())['files'] == ['0.png', '1.png', '2.png']
+    run(model, pictures, '--output', tmp_path / 'out')
+    save_model(timm.create_model('test_vit', num_classes=5), tmp_path / 'vit')
+    assert 'test_vit' in run(tmp_path / 'vit', pictures, '--output', tmp_path / 'out', code=1)
+    assert len(list((tmp_path / 'out').iterdir())) == 5
+
+
+@pytest.mark.parametrize('name, kind', [('bcnn', 'sketch'), ('test_resnet', 'test_resnet')])
+def test_pairs_of_other_models(name, kind, pictures, tmp_path):
+    net = create(pool_type='sketch', **ONE) if name == 'bcnn' else timm.create_model(name, num_classes=5)
+    save_model(net, tmp_path / 'model')
+    said = run(tmp_path / 'model', pictures, '--output', tmp_path / 'out', '--target', '0', '--pairs', 2, code=1)
+    assert "'avg' and 'sum'" in said and kind in said and not (tmp_path / 'out').exists()
+
+
+def test_json_in_the_folder(model, pictures, tmp_path):
+    for _ in range(2):
+        run(model, pictures, '--output', tmp_path, '--json', tmp_path / '0.png')  # a name that a picture would have
+        assert len(json.loads((tmp_path / '0.png').read_text())) == 3
+    assert {'0_2.png', '1.png', '2.png', 'sheet.png'} < {p.name for p in tmp_path.iterdir()}
+    assert 'explain writes itself' in run(
+        model, pictures, '--output', tmp_path, '--json', tmp_path / 'explain.json', code=1
+    )
+    run(model, pictures / '1.png', '--output', tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {'1.png', 'explain.json'}
+
+
+def test_what_is_not_finite(model, pictures, tmp_path, capsys, monkeypatch):
+    """Of an image that the model gives no numbers for, here a black one; the others have theirs."""
+
+    def load(*args):
+        net = create(**ONE)
+        features = net.forward_features
+        is_black = lambda x: (x.mean((1, 2, 3)) < -0.9)[:, None, None, None]  # noqa: E731
+        net.forward_features = lambda x: torch.where(is_black(x), torch.nan, features(x))
+        return net
+
+    monkeypatch.setattr(explain_tool, 'load', load)
+    Image.new('RGB', (96, 96)).save(tmp_path / 'black.png')
+    args = ('--target', 0, '--pairs', 2, '--json', tmp_path / 'j', '--output', tmp_path / 'out')
+    assert run(model, tmp_path / 'black.png', pictures / '0.png', *args, code=1) == 1
+    sentence = 'The model gives probabilities that are not finite.'
+    assert f'black.png: {sentence}' in capsys.readouterr().err
+    errors = {t['image']: t['error'] for t in json.loads((tmp_path / 'j').read_text())}
+    assert errors == {str(tmp_path / 'black.png'): sentence, str(pictures / '0.png'): None}
+    told = json.loads((tmp_path / 'out' / 'explain.json').read_text())
+    assert told['pairs'][0]['images'] == [str(pictures / '0.png')] and np.isfinite(told['pairs'][0]['evidence'])
 
 
 @pytest.mark.parametrize(

@@ -7,53 +7,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from index_cases import CLASSES, count_described, draw, draw_classes, run, save
 from PIL import Image
 from safetensors.torch import save_file
 from small_models import ONE
 
 import timm_bilinear
-from timm_bilinear.cli import main
 from timm_bilinear.hub import save_model
 from timm_bilinear.tools import index as index_module
 from timm_bilinear.tools.index_file import ImageIndex, search_vectors
 from timm_bilinear.tools.vectors import Reduction
 
-CLASSES = ('cat', 'dog', 'owl')
-
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('model')
-    save_model(timm.create_model('bcnn', **ONE), folder, data_config=dict(input_size=(3, 96, 96)))
-    return str(folder)
-
-
-def draw(path, seed):
-    """Coarse noise: of one seed alike, of others not."""
-    values = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).resize((120, 90)).save(path)
+    return save(tmp_path_factory.mktemp('model'))
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    for i in range(12):
-        draw(tmp_path / 'pictures' / CLASSES[i % 3] / f'{i}.png', i)
-    return tmp_path / 'pictures'
-
-
-def run(*args, code=0):
-    if code == 0:
-        return main([*map(str, args)])
-    with pytest.raises(SystemExit) as e:
-        main([*map(str, args)])
-    return e.value.code
+    return draw_classes(tmp_path / 'pictures')
 
 
 def digest(file):
@@ -85,17 +62,6 @@ def test_others_may_read_it(model, pictures, tmp_path):
     (tmp_path / 'i').chmod(0o640)
     timm_bilinear.index_images(model, pictures, tmp_path / 'i')
     assert (tmp_path / 'i').stat().st_mode & 0o777 == 0o640
-
-
-def count_described(monkeypatch):
-    seen, describe = [], index_module.describe
-
-    def counted(net, pixels, amp_dtype=None):
-        seen.append(len(pixels))
-        return describe(net, pixels, amp_dtype)
-
-    monkeypatch.setattr(index_module, 'describe', counted)
-    return seen
 
 
 def test_brought_up_to_date(model, pictures, tmp_path, monkeypatch):

@@ -225,3 +225,9 @@ def test_right_and_wrong_differ_for_every_vision():
         assert np.abs(seen[0] - seen[1]).max() > 0.3
     for colour in (RIGHT, WRONG):  # as text on white, WCAG's contrast of 4.5
         assert 1.05 / (luminance(colour) @ (0.2126, 0.7152, 0.0722) + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize('size', [(800, 1), (1, 800)])
+def test_narrow_image_on_a_sheet(size):
+    sheet = np.asarray(draw_sheet([Tile(Image.new('RGB', size, 'red'))], 'narrow'))
+    assert (sheet == (255, 0, 0)).all(2).sum() == 224

@@ -155,6 +155,62 @@ def test_rerank_by_torchreid():
     torch.testing.assert_close(rerank_distances(x, y), wanted, rtol=0, atol=1e-5)
 
 
+def kept(x, k1=20, k2=6, weight=0.3):
+    """Distances of a set to itself, each vector of it once, as the authors' re_ranking has them."""
+    count = len(x)
+    distances = ((x[:, None] - x[None]) ** 2).sum(-1)
+    distances = (distances / distances.max(0)).T
+    ranks = np.argsort(distances, kind='stable')
+    encodings = np.zeros((count, count))
+    for i in range(count):
+        near = ranks[i, : k1 + 1]
+        found = near[(ranks[near, : k1 + 1] == i).any(1)]
+        expanded = found
+        for j in found:
+            near = ranks[j, : k1 // 2 + 1]
+            others = near[(ranks[near, : k1 // 2 + 1] == j).any(1)]
+            if len(np.intersect1d(others, found)) > 2 / 3 * len(others):
+                expanded = np.append(expanded, others)
+        expanded = np.unique(expanded)
+        weights = np.exp(-distances[i, expanded])
+        encodings[i, expanded] = weights / weights.sum()
+    encodings = np.stack([encodings[row[:k2]].mean(0) for row in ranks])
+    shared = np.minimum(encodings[:, None], encodings[None]).sum(-1)
+    return (1 - weight) * (1 - shared / (2 - shared)) + weight * distances
+
+
+def test_rerank_of_a_set_in_itself():
+    x, labels = vectors(80, 8, 7, spread=2.0)
+    wanted = torch.from_numpy(kept(x.double().numpy()))
+    torch.testing.assert_close(rerank_distances(x.double()), wanted, rtol=0, atol=1e-9)
+    found = timm_bilinear.retrieval_metrics(x.double(), labels, rerank=True)
+    precisions = []
+    for i, row in enumerate(wanted.numpy()):
+        order = [j for j in np.argsort(row, kind='stable') if j != i]
+        places = [n for n, j in enumerate(order, 1) if labels[j] == labels[i]]
+        precisions.append(np.mean([m / place for m, place in enumerate(places, 1)]))
+    assert found['mAP'] == pytest.approx(100 * np.mean(precisions), abs=1e-6)
+
+
+def test_rerank_of_equal_vectors():
+    x = torch.tensor([[1.0, 0.0]]).expand(10, 2)
+    for dtype in (torch.float32, torch.float64):
+        for distances in (rerank_distances(x[:4].to(dtype), x[4:].to(dtype)), rerank_distances(x.to(dtype))):
+            assert distances.isfinite().all() and (distances == distances[0, 0]).all()
+    found = timm_bilinear.retrieval_metrics(x[:1], [0], x[1:4], [1, 0, 1], rerank=True)
+    assert found['mAP'] == 50
+
+
+@pytest.mark.parametrize('count', [7, 37, 101])
+def test_equal_vectors_stay_in_order(count):
+    """Products with a single query, of which the last bit depends on the place of a vector."""
+    x = F.normalize(torch.randn(40, 512))
+    gallery = x[:1].expand(count, -1).contiguous()
+    for query in x:
+        found = timm_bilinear.retrieval_metrics(query[None], [0], gallery, [1] * (count - 1) + [0])
+        assert found['mAP'] == pytest.approx(100 / count)
+
+
 def test_rerank_helps():
     x, labels = vectors(60, 6, 4, spread=2.0)
     y, others = vectors(200, 6, 4, spread=2.0)

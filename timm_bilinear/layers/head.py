@@ -12,7 +12,7 @@ from ..ops import descriptor_size
 from .arguments import Bounds, argument_problem, check_arguments
 from .pooling import BilinearPooling, check_pooling, check_takes_levels, create_pooling, pooling_arguments
 
-__all__ = ['BilinearHead']
+__all__ = ['BilinearHead', 'is_plain_linear']
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
@@ -38,7 +38,7 @@ def _is_plain_tensor(x: Optional[torch.Tensor]) -> bool:
     return x is None or (type(x) in (torch.Tensor, nn.Parameter, FakeTensor) and x.layout is torch.strided)
 
 
-def _is_plain_linear(fc: nn.Module) -> bool:
+def is_plain_linear(fc: nn.Module) -> bool:
     """Whether a classifier is its weight and bias and nothing else.
 
     Not so a subclass (LoRA, parametrizations, quantisation-aware training), or one with hooks (pruning, observers,
@@ -178,7 +178,7 @@ class BilinearHead(nn.Module):
         if isinstance(x, torch.fx.Proxy) or has_global_hooks():
             return False
         is_plain = _is_plain_tensor(x) and _is_plain_tensor(x_b)
-        return is_plain and _is_plain_linear(self.fc) and _is_idle_dropout(self.drop) and _is_fusible(self.pool)
+        return is_plain and is_plain_linear(self.fc) and _is_idle_dropout(self.drop) and _is_fusible(self.pool)
 
     def _check_width(self, x: torch.Tensor, x_b: Optional[torch.Tensor]):
         if x.dim() != 4 or x.shape[1] + (0 if x_b is None else x_b.shape[1]) != self.width:

@@ -11,6 +11,7 @@ __all__ = ['create_app', 'run_app']
 
 _LOOPBACK = '127.0.0.1'
 _MAX_EXAMPLES = 6
+_NO_CONTRAST = -1  # of the dropdown, where Gradio has another meaning for None
 _MAX_FILE = '64mb'
 _KEPT_SECONDS = 600  # of uploads and of what was drawn, which the page shows; all are gone when it ends
 _PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
@@ -48,8 +49,8 @@ def create_app(looker: Looker, examples: Optional[List[str]] = None) -> Any:
     gr = _gradio()
     has_index = looker.index is not None
 
-    def look(picture: Optional[str], contrast: Optional[str]):
-        sight = looker.look(picture, contrast)
+    def look(picture: Optional[str], contrast: Optional[int]):
+        sight = looker.look(picture, None if contrast == _NO_CONTRAST else contrast)
         outputs = [sight.sentence, sight.probabilities or None, sight.evidence]
         return [*outputs, sight.found] if has_index else outputs
 
@@ -61,7 +62,9 @@ def create_app(looker: Looker, examples: Optional[List[str]] = None) -> Any:
                 picture = gr.Image(type='filepath', sources=['upload', 'clipboard'], label='Picture', image_mode=None)
                 # Gradio would open it, and fail with an error of its own where that is not possible
                 picture.preprocess = lambda payload: None if payload is None else payload.path
-                contrast = gr.Dropdown(['', *looker.names], value='', label='Rather than', filterable=True)
+                # indices, for what a class is called may be what another one's label is
+                classes = [('', _NO_CONTRAST), *((name, i) for i, name in enumerate(looker.names))]
+                contrast = gr.Dropdown(classes, value=_NO_CONTRAST, label='Rather than', filterable=True)
                 if examples:
                     gr.Examples(examples, picture)
             with gr.Column():

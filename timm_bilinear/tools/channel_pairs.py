@@ -11,7 +11,7 @@ from .evidence import explain_pairs
 from .evidence_pictures import draw_evidence
 from .pictures import GREY, INK, Tile, draw_sheet
 from .prediction import Source
-from .shown_images import ImageReader, choose_views, read_batches
+from .shown_images import ImageReader, read_views
 
 __all__ = ['draw_channel_pairs']
 
@@ -44,17 +44,17 @@ def draw_channel_pairs(
         ValueError: If the pooling has no such pairs.
     """
     total, images = 0.0, 0
-    for batch, _ in read_batches(sources, read):
-        if batch:
-            found = explain_pairs(net, choose_views(net, batch)[0], target, contrast, 1)
+    for batch, chosen, _ in read_views(net, sources, read):
+        if chosen is not None:
+            found = explain_pairs(net, chosen[0], target, contrast, 1)
             total, images = total + found.shares.double().sum(0), images + len(batch)
     best = (total / images).topk(min(count, len(total)))
     examples: List[List[Tuple[float, int, str, Image.Image]]] = [[] for _ in best.indices]
     number, channels = 0, []
-    for batch, _ in read_batches(sources, read):
-        if not batch:
+    for batch, chosen, _ in read_views(net, sources, read):
+        if chosen is None:
             continue
-        pixels, boxes, _ = choose_views(net, batch)
+        pixels, boxes, _ = chosen
         found = explain_pairs(net, pixels, target, contrast, best.indices.tolist())
         channels = found.pairs
         sums = found.maps.double().sum((2, 3)).tolist()

@@ -1,11 +1,12 @@
 """What is kept of many images, in a file: descriptors or feature maps, in half precision, gone on with after a cut."""
 
 import hashlib
+import inspect
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 import torch
@@ -14,8 +15,36 @@ from torch import nn
 __all__ = ['DescriptorFile', 'FeatureError', 'descriptor_key']
 
 
+# Arguments of layers that change nothing of what a trained model computes, or only its classifier.
+_WITHOUT_EFFECT = {
+    *('num_classes', 'drop_rate', 'drop_path_rate', 'drop_prob', 'momentum', 'inplace', 'fix_init', 'freeze_backbone'),
+}
+_PASSING_ON = ('Identity', 'Drop')  # starts of the classes that do nothing in eval mode
+
+
 class FeatureError(FloatingPointError):
     """Features of an image cannot be kept."""
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _architecture(net: nn.Module, trained_prefix: str) -> Iterator[Tuple[Any, ...]]:
+    """Each layer with its class and the arguments that it keeps: what the weights do not tell, such as a pooling.
+
+    Not its repr, in which torch's versions differ, nor the arguments the model was made with, which leave out defaults.
+    """
+    for name, module in net.named_modules():
+        kind = type(module).__name__
+        if f'{name}.'.startswith(trained_prefix) or kind.startswith(_PASSING_ON):
+            continue
+        # and what a bilinear CNN has made of the levels that it was to take
+        names = {*inspect.signature(type(module).__init__).parameters, 'levels', 'pooled_maps'} - _WITHOUT_EFFECT
+        kept = {k: vars(module)[k] for k in sorted(names & vars(module).keys()) if _is_plain(vars(module)[k])}
+        yield name, kind, kept
 
 
 def descriptor_key(
@@ -28,6 +57,7 @@ def descriptor_key(
     """Hash of all that is kept depends on: the model but for what is trained, preprocessing, images, dtype."""
     settings = (
         trained_prefix,
+        list(_architecture(net, trained_prefix)),
         fingerprint,
         sorted((key, str(value)) for key, value in data_config.items()),
         str(amp_dtype),

@@ -14,12 +14,22 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..layers.head import is_plain_linear
 from ..layers.pooling import ExactPooling, Terms
 from ..models import BilinearCNN
 from ..ops import without_autocast
 from ..ops.packing import triangle_indices
 
-__all__ = ['REST', 'Evidence', 'PairEvidence', 'best_class', 'explain', 'explain_beside', 'explain_pairs']
+__all__ = [
+    'REST',
+    'Evidence',
+    'PairEvidence',
+    'best_class',
+    'check_pairs',
+    'explain',
+    'explain_beside',
+    'explain_pairs',
+]
 
 Classes = Union[int, Sequence[int], torch.Tensor, None]
 REST = 'rest'  # as `contrast`: the mean of all other classes
@@ -101,6 +111,19 @@ class PairEvidence:
     maps: torch.Tensor
 
 
+def check_pairs(model: nn.Module):
+    """
+    Raises:
+        ValueError: If the model's descriptor is not of pairs of channels, a place for each.
+    """
+    inner = unwrap_model(model)
+    is_bilinear = isinstance(inner, BilinearCNN)
+    pool = inner.head.pool if is_bilinear else None
+    if not isinstance(pool, ExactPooling) or pool.reduction == 'max':
+        other = f"'{inner.head.pool_type}'" if is_bilinear else f'{_name(inner)}, which is no bilinear CNN'
+        raise ValueError(f"Pairs of channels are told of the poolings 'avg' and 'sum', not of {other}.")
+
+
 def explain_pairs(
     model: nn.Module,
     images: torch.Tensor,
@@ -118,9 +141,7 @@ def explain_pairs(
     Raises:
         TypeError, ValueError: As for `explain`.
     """
-    pool = unwrap_model(model).head.pool if isinstance(unwrap_model(model), BilinearCNN) else None
-    if not isinstance(pool, ExactPooling) or pool.reduction == 'max':
-        raise ValueError("Pairs of channels are told of the poolings 'avg' and 'sum'.")
+    check_pairs(model)
     with _opened(model, images) as found:
         shares = _choose(found, target, contrast).weight * found.z
     places = shares.sum(0).topk(min(pairs, shares.shape[1])).indices if isinstance(pairs, int) else torch.tensor(pairs)
@@ -194,6 +215,7 @@ def _take_apart(model: nn.Module, images: torch.Tensor) -> _Found:
     else:
         z, parts, grid = _mean_parts(model, features, logits)
         classify = model.get_classifier()
+    _check_affine(model, classify, z)
     return _Found(z, parts, grid, classify, logits)
 
 
@@ -253,7 +275,7 @@ def _mean_parts(
     x = _wide(features).flatten(2)
     z = x.mean(2)
     is_linear = isinstance(fc, nn.Linear) and fc.in_features == z.shape[1]
-    if not is_linear or not torch.allclose(fc(z.to(fc.weight.dtype)), logits, rtol=1e-3, atol=1e-3):
+    if not is_linear or not torch.allclose(fc(z.to(fc.weight.dtype)), logits, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise ValueError(
             f'The logits of {_name(model)} are no sum over the locations of its last feature map: what is explained are'
             ' bilinear CNNs, and networks that classify the mean of their features.'
@@ -262,6 +284,32 @@ def _mean_parts(
         x.requires_grad_()
         parts = [Terms(x.mean(2), (x,), 1)]
     return z, parts, features.shape[-2:]
+
+
+def _check_affine(model: nn.Module, classify: nn.Module, z: torch.Tensor):
+    """Refuse a classifier f of which f(x + y) + f(0) is not f(x) + f(y) at the descriptors z (B, D).
+
+    Far from 0 too, where a bias does not hide what a layer adds that is not linear.
+    """
+    if is_plain_linear(classify):
+        return
+    for scale in (1, 32, 1024, 32768):
+        x = scale * z
+        y = -x.flip(1)  # as large, and elsewhere
+        logits = _classify(classify, torch.cat([x + y, torch.zeros_like(x), x, y]))
+        both, zero, first, second = logits.double().chunk(4)
+        # rounding, that of TF32 too, stays below this part of the largest logit
+        tolerance = max(3 * torch.finfo(logits.dtype).eps, 5e-3) * logits.double().abs().max()
+        if ((both + zero - first - second).abs() > tolerance).any():  # not so for what is infinite
+            raise ValueError(
+                f'The logits of {_name(model)} are no sum over locations: its classifier, of class'
+                f' {type(classify).__name__}, is not linear.'
+            )
+
+
+def _classify(classify: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    """Logits (B, K) of descriptors (B, D), in the dtype of the classifier."""
+    return classify(z.to(next((p.dtype for p in classify.parameters() if p.is_floating_point()), z.dtype)))
 
 
 def _choose(found: _Found, target: Classes, contrast: Contrast) -> _Chosen:
@@ -280,8 +328,7 @@ def _choose(found: _Found, target: Classes, contrast: Contrast) -> _Chosen:
         target = _class_indices('target', target, logits)
     with torch.enable_grad():
         z = found.z.detach().requires_grad_()
-        dtype = next((p.dtype for p in found.classify.parameters() if p.is_floating_point()), z.dtype)
-        logits = found.classify(z if dtype == z.dtype else z.to(dtype)).to(z.dtype)
+        logits = _classify(found.classify, z).to(z.dtype)
         logit = logits.gather(1, target[:, None])[:, 0]
         if isinstance(contrast, str):
             others = torch.ones_like(logits).scatter(1, target[:, None], 0.0)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Optional, Sequence, Tuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from .lettering import clean_text, find_font, fit_text
-from .pictures import GREY, GRID, INK
+from .pictures import GREY, GRID, INK, fit_image
 
 __all__ = ['Panel', 'crop_to_box', 'draw_evidence', 'draw_map', 'draw_panels']
 
@@ -92,7 +92,7 @@ def draw_panels(image: Image.Image, title: str, panels: Sequence[Panel], box: Bo
         box: Of the maps, as for `draw_map`.
     """
     part, part_box = crop_to_box(image, box)
-    whole, part = (ImageOps.contain(i, (_EDGE, _EDGE), Image.Resampling.BICUBIC) for i in (image, part))
+    whole, part = fit_image(image, _EDGE), fit_image(part, _EDGE)
     if part.size != whole.size or part_box != box:  # where the part is
         edges = [v * edge for v, edge in zip(box, whole.size * 2)]
         ImageDraw.Draw(whole).rectangle(edges, outline=_FOR, width=2)
@@ -118,8 +118,7 @@ def draw_panels(image: Image.Image, title: str, panels: Sequence[Panel], box: Bo
 def draw_evidence(image: Image.Image, values: np.ndarray, box: Box) -> Image.Image:
     """A small picture for a sheet: the map on the part of its image, its strongest evidence in full colour."""
     part, box = crop_to_box(image, box)
-    part = ImageOps.contain(part, (_EDGE, _EDGE), Image.Resampling.BICUBIC)
-    return draw_map(part, values, box, float(np.abs(values).max()))
+    return draw_map(fit_image(part, _EDGE), values, box, float(np.abs(values).max()))
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, xy: Tuple[float, float], text: str, size: int, colour: str, width: float):

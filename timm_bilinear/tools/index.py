@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -17,12 +18,13 @@ from ..data.images import find_images
 from ..data.scales import VIEWS
 from .descriptors import descriptor_key
 from .distributed import Ranks, broadcast, init_distributed, shutdown
-from .index_file import ImageIndex, Row, relative_path
+from .index_file import ImageIndex, Row, relative_path, resolve_path
 from .inference import load, model_name, precision, resolve_amp_dtype, view_data_config, whole_number
 from .interrupt import Interrupted, Terminated, catch_signals
-from .prediction import Source, iterate_images
+from .lock import FolderLock
+from .prediction import Source
 from .prediction_files import printable
-from .vectors import Reduction, describe
+from .vectors import Reduction, describe, iterate_descriptors
 
 __all__ = ['check_same_model', 'index_images', 'model_key', 'remove_images', 'run_index']
 
@@ -31,7 +33,7 @@ _FITTED = 4096  # images that principal components are found of, at most
 
 
 def model_key(net: nn.Module) -> str:
-    """Hash of what an image's descriptor depends on: weights but for the classifier, and preprocessing."""
+    """Hash of what an image's descriptor depends on: architecture and weights but the classifier's, preprocessing."""
     cfg = getattr(net, 'pretrained_cfg', None) or {}
     classifier = cfg.get('classifier') if isinstance(cfg.get('classifier'), str) else 'head.fc'
     return descriptor_key(net, f'{classifier}.', view_data_config(net, 'auto'), '', None)
@@ -96,9 +98,14 @@ class _Listed(NamedTuple):
     file: str
 
 
-def _list_images(folder: Path, index_file: Path) -> Tuple[List[_Listed], List[str]]:
-    """Images below a folder, and what is wrong with those whose files cannot be looked at."""
+def _list_images(folder: Path, index_file: Path, rows: Sequence[Row]) -> Tuple[List[_Listed], List[str]]:
+    """Images below a folder, and what is wrong with those whose files cannot be looked at.
+
+    Those right in the folder have the label that images of it have in the rows of the index: that of a folder above it.
+    """
     paths, skipped = find_images([str(folder)])
+    where = resolve_path(folder)
+    labels = {os.path.dirname(row.path): row.label for row in rows}
     listed, failed = [], []
     for message in skipped[:3]:
         print(f'timm-bilinear: skipped: {printable(message)}', file=sys.stderr)
@@ -108,9 +115,9 @@ def _list_images(folder: Path, index_file: Path) -> Tuple[List[_Listed], List[st
         except OSError as e:
             failed.append(f"Cannot read '{path}': {e.strerror}.")
             continue
-        label = path.parent.name if path.parent != folder else ''
-        where = relative_path(path.absolute(), index_file)
-        listed.append(_Listed(Row(where, label, stat.st_size, stat.st_mtime_ns), str(path)))
+        name = relative_path(where / path.relative_to(folder), index_file)
+        label = path.parent.name if path.parent != folder else labels.get(os.path.dirname(name), '')
+        listed.append(_Listed(Row(name, label, stat.st_size, stat.st_mtime_ns), str(path)))
     return listed, failed
 
 
@@ -119,12 +126,10 @@ def _vectors(
 ) -> Iterator[Tuple[List[_Listed], torch.Tensor, List[str]]]:
     """Descriptors (B, D) of the images that can be read, a batch at a time, and what is wrong with the others."""
     sources = [Source(image.file, image.file) for image in images]
-    start = 0
-    for entries, pixels in iterate_images(net, sources, batch_size, workers, 'auto'):
-        batch = images[start : start + len(entries)]
-        start += len(entries)
-        good = [image for image, entry in zip(batch, entries) if entry.image is not None]
-        yield good, describe(net, pixels, amp_dtype), [entry.error for entry in entries if entry.image is None]
+    rest = iter(images)
+    for entries, descriptors in iterate_descriptors(net, sources, batch_size, workers, amp_dtype):
+        good = [image for entry, image in zip(entries, rest) if entry.image is not None]  # entries end first
+        yield good, descriptors, [entry.error for entry in entries if entry.image is None]
 
 
 def _in_features(net: nn.Module, device: torch.device) -> int:
@@ -138,10 +143,10 @@ def check_same_model(index: ImageIndex, name: str, key: str, file: Union[str, Pa
     """Check that an index is of a model.
 
     Raises:
-        ValueError: If it is of another, or of the same network with other weights or preprocessing.
+        ValueError: If it is of another, or of the same network with another pooling, weights or preprocessing.
     """
     if index.about['key'] != key:
-        other = ' with other weights or preprocessing' if index.about['name'] == name else ''
+        other = ' with another pooling, other weights or preprocessing' if index.about['name'] == name else ''
         raise ValueError(f"'{file}' is an index of {index.about['name']}, and the model is {name}{other}.")
 
 
@@ -179,24 +184,50 @@ def index_images(
         FileNotFoundError: If there is no such folder, or no image below it.
         ValueError: If the index is of another model or reduction, or an argument is wrong.
         OSError, RuntimeError, TypeError: As for `predict`, and if the file cannot be written.
+        RuntimeError: If another process writes to it.
         Interrupted: After Ctrl-C or SIGTERM.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = Path(folder), Path(output).resolve()  # a link stays one
     batch_size = whole_number('batch_size', batch_size, 1)
     dim = None if dim is None else whole_number('dim', dim, 1)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'.")
-    if output.is_dir() or not output.absolute().parent.is_dir():
+    if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"'output' must be a file in a folder that exists, got '{output}'.")
     ranks = init_distributed(device)
     try:
-        with catch_signals():
+        with catch_signals(), _locked(output, ranks):
             return _index(model, folder, output, dim, reduce, batch_size, workers, amp, ranks, progress)
     except KeyboardInterrupt as e:
         code = 143 if isinstance(e, Terminated) else 130
         raise Interrupted('Stopped; the same command goes on where this one was.', code) from e
     finally:
         shutdown(ranks)
+
+
+@contextmanager
+def _locked(file: Path, ranks: Ranks) -> Iterator[None]:
+    """Context in which no other process writes to an index, if the first one gets hold of it.
+
+    Raises:
+        RuntimeError: If another does.
+        OSError: If the file cannot be written.
+    """
+    lock = error = None
+    if ranks.is_first:
+        try:
+            lock = FolderLock(file.parent, file.name)
+        except RuntimeError as e:
+            error = e
+        except OSError as e:
+            error = OSError(f"'{file}' cannot be written: {e.strerror}.")
+    try:
+        if error := broadcast(error, ranks):
+            raise error
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _open_index(
@@ -209,7 +240,9 @@ def _open_index(
     index = ImageIndex.load(output)
     check_same_model(index, about['name'], about['key'], output)
     kind, size = index.reduction.kind, index.reduction.dim
-    if reduce not in (None, kind) or dim not in (None, size):
+    # a sketch of as many numbers as descriptors have is none
+    wanted = Reduction(reduce or kind.replace('none', 'sketch'), index.reduction.in_features, dim or size)
+    if (wanted.kind, wanted.dim) != (kind, size):
         raise ValueError(f"'{output}' has vectors of {size} numbers by '{kind}': leave it so, or begin a new file.")
     index.about = about
     return index
@@ -218,15 +251,13 @@ def _open_index(
 def _index(model, folder, output, dim, reduce, batch_size, workers, amp, ranks: Ranks, progress: bool):
     net = load(model, ranks.device)
     amp_dtype = resolve_amp_dtype(amp, ranks.device)
-    is_path = isinstance(model, (str, os.PathLike))
-    source = '' if not is_path else os.path.abspath(model) if os.path.exists(model) else os.fspath(model)
-    about = dict(model=source, name=model_name(net), key=model_key(net), precision=precision(net, amp_dtype))
+    about = dict(model=_source(model), name=model_name(net), key=model_key(net), precision=precision(net, amp_dtype))
     index = _open_index(output, net, about, dim, reduce, ranks.device)
-    listed, failed = _list_images(folder, output)
+    listed, failed = _list_images(folder, output, index.rows)
     if not listed:
         raise FileNotFoundError(f"There is no image in '{folder}'.")
     key = json.dumps([about, *index.reduction.settings().items()], sort_keys=True)
-    parts = _Parts(output.absolute().parent / f'.{output.name}.parts', key, index.reduction.dim)
+    parts = _Parts(output.parent / f'.{output.name}.parts', key, index.reduction.dim)
     known = dict(zip(index.rows, index.vectors.numpy()))
     if ranks.is_first:
         known.update(parts.read())
@@ -254,11 +285,21 @@ def _index(model, folder, output, dim, reduce, batch_size, workers, amp, ranks: 
     return (index if ranks.is_first else ImageIndex.load(output)), failed
 
 
+def _source(model: Union[str, Path, nn.Module]) -> str:
+    """Where a model is loaded from, of any working directory; '' if from nowhere."""
+    if not isinstance(model, (str, os.PathLike)):
+        return ''
+    name = os.fspath(model)
+    kind, _, place = name.partition(':')
+    if kind.lower().replace('_', '-') == 'local-dir':
+        return f'local-dir:{os.path.abspath(os.path.expanduser(place))}'
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
 def _merge(index: ImageIndex, folder: Path, output: Path, listed: Sequence[_Listed], known: Dict[Row, np.ndarray]):
     """Rows of the folder as it is now, after those of other folders."""
-    here = relative_path(folder.absolute(), output)
-    inside = '' if here == '.' else f'{here}{os.sep}'
-    others = [row for row in index.rows if not (row.path.startswith(inside) if inside else not os.path.isabs(row.path))]
+    inside = os.path.join(resolve_path(folder), '')
+    others = [row for row in index.rows if not os.path.join(output.parent, row.path).startswith(inside)]
     rows = others + [image.row for image in listed if image.row in known]
     vectors = np.stack([known[row] for row in rows]) if rows else np.empty((0, index.reduction.dim), np.float16)
     index.rows, index.labels = rows, [row.label for row in rows]
@@ -291,13 +332,22 @@ def remove_images(file: Union[str, Path], paths: Sequence[str]) -> int:
 
     Raises:
         OSError, ValueError: If the file is no index, or cannot be written.
+        RuntimeError: If another process writes to it.
         ValueError: If a path names none of its images.
     """
+    file = Path(file).resolve()
+    with _locked(file, Ranks()):
+        return _remove(file, paths)
+
+
+def _remove(file: Path, paths: Sequence[str]) -> int:
     index = ImageIndex.load(file)
+    places = [os.path.join(file.parent, row.path) for row in index.rows]
     gone = set()
     for path in paths:
-        names = {path.rstrip(os.sep), relative_path(Path(path).absolute(), Path(file))}
-        found = {r for r in index.rows if any(r.path == name or r.path.startswith(name + os.sep) for name in names)}
+        names = {str(resolve_path(path)), os.path.normpath(file.parent / path)}
+        folders = tuple(os.path.join(name, '') for name in names)
+        found = {row for row, place in zip(index.rows, places) if place in names or place.startswith(folders)}
         if not found:
             raise ValueError(f"'{file}' has no image '{path}'.")
         gone |= found

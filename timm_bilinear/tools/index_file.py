@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from ..hub.partial import partial_path
 from .vectors import Reduction
 
-__all__ = ['ImageIndex', 'Row', 'relative_path', 'search_vectors']
+__all__ = ['ROUNDING', 'ImageIndex', 'Row', 'rank_places', 'relative_path', 'resolve_path', 'search_vectors']
 
-_FORMAT = 'timm_bilinear index 1'
+_FORMAT = 'timm_bilinear index 2'
+_OLD_FORMAT = 'timm_bilinear index 1'  # whose hash of the model did not tell one pooling from another
 _BLOCK = 65_536  # vectors that queries are compared with at once
+_ROWS = 1024  # vectors of which products are taken in float64 at once
+ROUNDING = 1e-5  # many times that of a product of two vectors of unit length in float32
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Row:
     """
 
     path: str
-    label: str
+    label: str = field(compare=False)  # it may be learned later, and the image be the same
     size: int
     time: int
 
@@ -42,15 +45,17 @@ class ImageIndex:
     Args:
         rows: Images.
         vectors: (N, D) float16, of unit length but for rounding.
-        about: 'model' (where it was loaded from), 'name', 'key' (hash of weights and preprocessing), 'data_config', and
-            the settings of the reduction.
+        about: 'model' (where it was loaded from), 'name', 'key' (hash of layers, weights and preprocessing) and
+            'precision'.
         reduction: From descriptors to vectors.
+        file: Where it was read from.
     """
 
     rows: List[Row]
     vectors: torch.Tensor
     about: Dict[str, Any]
     reduction: Reduction
+    file: Optional[Path] = None
     labels: List[str] = field(init=False)
 
     def __post_init__(self):
@@ -62,7 +67,7 @@ class ImageIndex:
         Raises:
             OSError: If it cannot be written.
         """
-        file = Path(file)
+        file = Path(file).resolve()  # a link stays one
         names = sorted(set(self.labels))
         number = {name: i for i, name in enumerate(names)}
         texts = '\0'.join(row.path for row in self.rows).encode('utf-8', 'surrogateescape')
@@ -100,11 +105,14 @@ class ImageIndex:
         try:
             with safe_open(file, 'pt') as f:
                 about = json.loads((f.metadata() or {}).get('about', '{}'))
-                if not isinstance(about, dict) or about.pop('format', None) != _FORMAT:
+                version = about.pop('format', None) if isinstance(about, dict) else None
+                if version not in (_FORMAT, _OLD_FORMAT):
                     raise ValueError('it is no index of images')
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, ValueError, KeyError, OSError) as e:
             raise ValueError(f"'{file}' is no index of timm-bilinear: {e}.") from e
+        if version == _OLD_FORMAT:
+            raise ValueError(f"'{file}' is an index of an older version, which mixed up poolings: make it anew.")
         names = about.pop('label_names')
         reduction = Reduction(about.pop('reduce'), about.pop('in_features'), about.pop('dim'))
         reduction.load_tensors(tensors)
@@ -116,16 +124,34 @@ class ImageIndex:
                 paths, *(tensors[name].tolist() for name in ('labels', 'sizes', 'times')), strict=True
             )
         ]
-        return cls(rows, tensors['vectors'], about, reduction)
+        return cls(rows, tensors['vectors'], about, reduction, file)
 
     def search(self, queries: torch.Tensor, topk: int = 10) -> Tuple[torch.Tensor, torch.Tensor]:
         """`search_vectors` among the index's vectors."""
         return search_vectors(queries, self.vectors, topk)
 
 
-def _blocks(vectors: torch.Tensor, size: int) -> Iterator[Tuple[int, torch.Tensor]]:
-    for start in range(0, len(vectors), size):
-        yield start, vectors[start : start + size]
+def rank_places(
+    query: torch.Tensor, vectors: torch.Tensor, places: torch.Tensor, topk: int
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Of vectors at some places those of largest inner product with a query; of equal products the earlier first.
+
+    Equal vectors have equal products here, which are summed up in float64 row by row: the last bit of a product of
+    matrices depends on where in the matrix a vector is.
+
+    Args:
+        query: (D,).
+        vectors: (N, D).
+        places: Some of them, (n,) int64 in ascending order.
+        topk: Number of vectors, n at most.
+
+    Returns:
+        Inner products (k,), float32, in descending order, and the vectors' places (k,).
+    """
+    query = query.double()
+    products = [(vectors[some].to(query) * query).sum(1).float() for some in places.split(_ROWS)]
+    scores, order = torch.cat(products).sort(descending=True, stable=True)
+    return scores[:topk], places[order[:topk].cpu()]
 
 
 def search_vectors(
@@ -135,34 +161,48 @@ def search_vectors(
 
     Args:
         queries: (Q, D) of unit length.
-        vectors: (N, D), of any floating point dtype; a block of them is in memory in float32 at a time.
+        vectors: (N, D) of unit length, of any floating point dtype; a block of them is in memory in float32 at a time.
         topk: Number of vectors for each query, N at most.
         block: Vectors in a block.
 
     Returns:
-        Inner products (Q, k) in descending order, and the vectors' places (Q, k).
+        Inner products (Q, k), float32, in descending order, and the vectors' places (Q, k).
 
     Raises:
         ValueError: If sizes do not agree.
     """
     if queries.ndim != 2 or vectors.ndim != 2 or queries.shape[1] != vectors.shape[1]:
         raise ValueError(f'Queries {tuple(queries.shape)} and vectors {tuple(vectors.shape)} must be of one size.')
-    queries = queries.float()
-    best = queries.new_full((len(queries), 0), 0.0)
-    places = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
-    for start, part in _blocks(vectors, block):
-        scores = queries @ part.to(queries).T
-        best = torch.cat([best, scores], 1)
-        found = torch.arange(start, start + len(part), device=places.device).expand(len(queries), -1)
-        places = torch.cat([places, found], 1)
-        best, order = best.sort(dim=1, descending=True, stable=True)
-        best, order = best[:, :topk], order[:, :topk]
-        places = places.gather(1, order)
-    return best, places
+    topk = min(topk, len(vectors))
+    best, places = queries.new_empty(len(queries), topk).float(), torch.empty(len(queries), topk, dtype=torch.int64)
+    if not best.numel():
+        return best, places
+    # what may be among the best, found in float32, is ranked by products that are the same with equal vectors
+    best.fill_(-torch.inf)
+    margin = ROUNDING * queries.float().norm(dim=1, keepdim=True)
+    for start in range(0, len(vectors), block):
+        part = vectors[start : start + block]
+        scores = queries.float() @ part.to(queries.device, torch.float32).T
+        least = best[:, -1:]
+        if len(part) >= topk:
+            least = least.maximum(scores.topk(topk).values[:, -1:])
+        for i, near in enumerate(~(scores < least - margin)):
+            some = near.nonzero()[:, 0].cpu()
+            products, found = rank_places(queries[i], part, some, topk)
+            products, order = torch.cat([best[i], products]).sort(descending=True, stable=True)
+            best[i] = products[:topk]
+            places[i] = torch.cat([places[i], start + found])[order[:topk].cpu()]
+    return best, places.to(best.device)
+
+
+def resolve_path(path: Union[str, Path]) -> Path:
+    """The one absolute path of a file or folder, however it is spelt; a link to a file stays one."""
+    path = Path(path)
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
 def relative_path(path: Path, index_file: Path) -> str:
-    """A path as an index names it."""
+    """A path of `resolve_path` as an index names it."""
     try:
         return str(path.relative_to(index_file.resolve().parent))
     except ValueError:

@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, Set, Union
+from typing import Dict, Iterator, Optional, Set, Union
 
 __all__ = ['LOCK_FILE', 'FolderLock', 'only_run']
 
@@ -58,14 +58,16 @@ class FolderLock:
 
     Args:
         folder: Folder to lock, by a file in it.
+        name: Of a file in it, there or not, to lock that alone.
 
     Raises:
         RuntimeError: If it is locked; the message says by whom.
         OSError: If the file system does not lock, or the file cannot be written.
     """
 
-    def __init__(self, folder: Union[str, Path]):
-        self.path = Path(folder).resolve() / LOCK_FILE
+    def __init__(self, folder: Union[str, Path], name: Optional[str] = None):
+        self.path = Path(folder).resolve() / (LOCK_FILE if name is None else f'.{name}{LOCK_FILE}')
+        folder = folder if name is None else Path(folder) / name
         with _guard:
             if str(self.path) in _held:
                 raise self._refused(folder, dict(pid=os.getpid(), host=platform.node()))

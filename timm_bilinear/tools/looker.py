@@ -1,9 +1,10 @@
 """What a page says of one picture: classes, evidence, look-alikes; with a sentence where it cannot."""
 
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from .index import check_same_model, model_key
 from .index_file import ImageIndex
 from .inference import load, model_name
 from .prediction import Source, one_line
-from .shown_images import ImageReader, choose_views
+from .shown_images import NOT_FINITE, ChosenViews, ImageReader, ShownImage, choose_views
 from .vectors import describe
 
 __all__ = ['Looker', 'Sight']
@@ -41,6 +42,13 @@ class Sight:
     found: List[Tuple[Image.Image, str]] = field(default_factory=list)
 
 
+def _distinct_names(names: Sequence[str], labels: Sequence[str]) -> List[str]:
+    """Names of classes, with the label, or else the index, behind those that several classes have."""
+    keys = labels if len(set(labels)) == len(labels) else range(len(names))
+    counts = Counter(names)
+    return [f'{name} ({key})' if counts[name] > 1 else name for name, key in zip(names, keys)]
+
+
 class Looker:
     """A model, and perhaps an index, that pictures are shown to one at a time.
 
@@ -60,7 +68,8 @@ class Looker:
         if not getattr(unwrap_model(self.net), 'num_classes', 0):
             raise ValueError("'model' has no classifier, so there is nothing to say.")
         self.name = model_name(self.net)
-        self.names = Explainer(self.net, None, None).names
+        explainer = Explainer(self.net, None, None)
+        self.names = _distinct_names(explainer.names, explainer.labels)
         self.read = ImageReader(self.net, next((p.device for p in self.net.parameters()), torch.device('cpu')))
         self.index, self.folder = None, Path()
         if index is not None:
@@ -68,11 +77,11 @@ class Looker:
             check_same_model(self.index, self.name, model_key(self.net), index)
         self._lock = threading.Lock()  # one picture at a time: each takes all cores
 
-    def look(self, picture: Union[str, Path, None], contrast: Optional[str] = None, topk: int = _TOPK) -> Sight:
+    def look(self, picture: Union[str, Path, None], contrast: Optional[int] = None, topk: int = _TOPK) -> Sight:
         """
         Args:
             picture: File.
-            contrast: Name of a class that the predicted one is compared with.
+            contrast: Index of a class that the predicted one is compared with.
             topk: Classes, and look-alikes, that are told.
         """
         if picture is None:
@@ -83,27 +92,35 @@ class Looker:
             why = one_line(e).replace(str(picture), Path(picture).name)  # where it lies here is nobody's business
             return Sight(f'This is no picture that can be read: {why}')
         with self._lock:
-            probabilities, best, evidence, note = self._explain(shown, contrast)
+            chosen = choose_views(self.net, [shown])
+            probabilities = chosen[2][0]
+            if not probabilities.isfinite().all():
+                return Sight(NOT_FINITE)
+            best = int(probabilities.argmax())
+            evidence, note = self._explain(shown, chosen, best, contrast)
             sentence = f'{self.names[best]}, {100 * probabilities[best]:.1f} %.{note}'
             order = probabilities.argsort(descending=True, stable=True)[:topk].tolist()
             found = [] if self.index is None else self._search(shown, topk)
         return Sight(sentence, {self.names[i]: float(probabilities[i]) for i in order}, evidence, found)
 
-    def _explain(self, shown: Any, contrast: Optional[str]) -> Tuple[torch.Tensor, int, Optional[Image.Image], str]:
-        explainer = Explainer(self.net, None, contrast or None)
-        chosen = choose_views(self.net, [shown])
-        probabilities = chosen[2][0]
-        best = int(probabilities.argmax())
+    def _explain(
+        self, shown: ShownImage, chosen: ChosenViews, best: int, contrast: Optional[int]
+    ) -> Tuple[Optional[Image.Image], str]:
+        """Picture of the evidence, or None, and what is to be said of it."""
+        explainer = Explainer(self.net, None, None)
+        explainer.names = self.names
         note = ''
-        if explainer.contrast == best:
-            explainer.contrast, note = None, ' It is the class that it was to be compared with.'
+        if contrast == best:
+            note = ' It is the class that it was to be compared with.'
+        else:
+            explainer.contrast = contrast
         try:
-            _, picture, _ = next(iter(explainer([shown], chosen)))
+            ((told, pictures),) = explainer([shown], chosen)
         except ValueError as e:  # a model whose logits are no sum over locations
-            return probabilities, best, None, f' {one_line(e)}'
-        return probabilities, best, picture, note
+            return None, f' {one_line(e)}'
+        return (None, f' {told["error"]}') if pictures is None else (pictures[0], note)
 
-    def _search(self, shown: Any, topk: int) -> List[Tuple[Image.Image, str]]:
+    def _search(self, shown: ShownImage, topk: int) -> List[Tuple[Image.Image, str]]:
         views = torch.cat(list(shown.views), dim=-2)[None]
         scores, places = self.index.search(self.index.reduction(describe(self.net, views)).cpu(), topk)
         found = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from .curves import draw_curves
 from .lettering import class_label, clean_text, draw_upward, find_font, fit_text
@@ -160,9 +160,15 @@ _STEP = 244
 _LINE = 18
 
 
+def fit_image(image: Image.Image, edge: int) -> Image.Image:
+    """An image scaled to a longer side of `edge` pixels; `ImageOps.contain` rounds the shorter one to 0 if narrow."""
+    size = (max(1, round(side * edge / max(image.size))) for side in image.size)
+    return image.resize(tuple(size), Image.Resampling.BICUBIC)
+
+
 def thumbnail(image: Image.Image) -> Image.Image:
     """A copy of the size that it has in a sheet."""
-    return ImageOps.contain(image.convert('RGB'), (_TILE, _TILE), Image.Resampling.BICUBIC)
+    return fit_image(image.convert('RGB'), _TILE)
 
 
 def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: int):

@@ -19,6 +19,7 @@ _RECALLS = (1, 2, 4, 8)
 _RANKS = (1, 5, 10)
 _IGNORED = -1  # identity of what Market-1501 calls junk
 _BLOCK = 256  # queries that are ranked at once
+_COLUMNS = 4096  # vectors that these are compared with at once
 
 
 def retrieval_metrics(
@@ -71,12 +72,12 @@ def retrieval_metrics(
         *_as_numbers('labels', (query_labels, gallery_labels), (len(query), len(gallery)), query.device),
         *_as_numbers('cameras', (query_cameras, gallery_cameras), (len(query), len(gallery)), query.device),
     )
-    distances = rerank_distances(query, gallery) if rerank else None
+    distances = rerank_distances(query, None if is_same else gallery) if rerank else None
     sums: Dict[str, float] = {}
     count = 0
     for start in range(0, len(query), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        scores = query[rows] @ gallery.T if distances is None else -distances[rows]
+        scores = _cosines(query[rows], gallery) if distances is None else -distances[rows]
         right, is_left_out = _relevance(sides, rows, is_same)
         parts, counted = _measure(scores, right, is_left_out)
         count += counted
@@ -109,6 +110,12 @@ def _check_vectors(name: str, vectors: torch.Tensor) -> torch.Tensor:
         row = int(wrong.nonzero()[0])
         raise ValueError(f"'{name}' must have rows of unit length, row {row} has {float(lengths[row]):.4g}.")
     return vectors
+
+
+def _cosines(query: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    """Products (B, G), float32, the same with equal vectors: summed up in float32 they depend on a vector's place."""
+    query = query.double()
+    return torch.cat([(query @ part.double().T).float() for part in gallery.split(_COLUMNS)], 1)
 
 
 def _as_list(values: Labels) -> List[Any]:
@@ -163,7 +170,7 @@ def _measure(scores: torch.Tensor, right: torch.Tensor, is_left_out: torch.Tenso
 
 
 def rerank_distances(
-    query: torch.Tensor, gallery: torch.Tensor, k1: int = 20, k2: int = 6, weight: float = 0.3
+    query: torch.Tensor, gallery: Optional[torch.Tensor] = None, k1: int = 20, k2: int = 6, weight: float = 0.3
 ) -> torch.Tensor:
     """Distances that tell neighbours which are each other's from those that are not.
 
@@ -171,7 +178,7 @@ def rerank_distances(
 
     Args:
         query: (Q, D) vectors.
-        gallery: (G, D) vectors.
+        gallery: (G, D) vectors; None for the queries, each of which is then there once.
         k1: Neighbours that may be reciprocal ones.
         k2: Neighbours whose encodings are averaged.
         weight: Weight, lambda, of the distances themselves beside those of the encodings.
@@ -179,10 +186,11 @@ def rerank_distances(
     Returns:
         (Q, G) distances.
     """
-    vectors = torch.cat([query, gallery])
-    count = len(vectors)
+    vectors = query if gallery is None else torch.cat([query, gallery])
+    count, first = len(vectors), 0 if gallery is None else len(query)  # the gallery's first row
     distances = torch.cdist(vectors, vectors).square()
-    distances = (distances / distances.amax(0)).T  # of each row, by the largest of it
+    largest = distances.amax(0)  # of each row
+    distances = (distances / torch.where(largest > 0, largest, 1.0)).T  # equal vectors have distances of 0
     nearest = distances.argsort(dim=1, stable=True)[:, : k1 + 1]
     half = round(k1 / 2)
 
@@ -204,7 +212,7 @@ def rerank_distances(
         encodings[row, members] = weights / weights.sum()
     if k2 > 1:
         encodings = torch.stack([encodings[rows].mean(0) for rows in nearest[:, :k2]])
-    of_gallery = encodings[len(query) :]
+    of_gallery = encodings[first:]
     shared = torch.stack([torch.minimum(row, of_gallery).sum(1) for row in encodings[: len(query)]])
     jaccard = 1 - shared / (2 - shared)
-    return (1 - weight) * jaccard + weight * distances[: len(query), len(query) :]
+    return (1 - weight) * jaccard + weight * distances[: len(query), first:]

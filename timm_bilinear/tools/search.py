@@ -15,17 +15,18 @@ from torch import nn
 
 from ..data.images import find_images, open_image
 from .index import check_same_model, model_key
-from .index_file import ImageIndex
+from .index_file import ROUNDING, ImageIndex, rank_places
 from .inference import load, model_name, resolve_amp_dtype
 from .pictures import GREY, GRID, INK, RIGHT, WRONG, Tile, draw_sheet, thumbnail
-from .prediction import Source, find_sources, iterate_images
+from .prediction import Source, find_sources
 from .prediction_files import check_targets, json_writer, printable
 from .ranking import retrieval_metrics
-from .vectors import describe
+from .vectors import iterate_descriptors
 
 __all__ = ['draw_found', 'run_retrieval', 'run_search', 'search']
 
 _QUERIES = 32
+_SPARE = 16  # vectors beyond those wanted that faiss is asked for at first
 
 
 def search(
@@ -55,14 +56,13 @@ def search(
         ModuleNotFoundError: If faiss is wanted and not installed.
         ValueError: If the index is of another model.
     """
-    file = index if isinstance(index, (str, Path)) else 'index'
     index = ImageIndex.load(index) if isinstance(index, (str, Path)) else index
-    net = _load_model(index, model, device, file)
+    net = _load_model(index, model, device)
     find = _by_faiss(index.vectors) if faiss else index.search
     results = []
     amp_dtype = resolve_amp_dtype('auto', next((p.device for p in net.parameters()), torch.device('cpu')))
-    for entries, pixels in iterate_images(net, list(find_sources(images)), _QUERIES, None, 'auto'):
-        vectors = index.reduction(describe(net, pixels, amp_dtype)).cpu()
+    for entries, descriptors in iterate_descriptors(net, list(find_sources(images)), _QUERIES, None, amp_dtype):
+        vectors = index.reduction(descriptors).cpu()
         scores, places = find(vectors, topk) if len(vectors) else ((), ())
         rows = iter(zip(scores, places))
         for entry in entries:
@@ -75,7 +75,8 @@ def search(
     return results
 
 
-def _load_model(index: ImageIndex, model: Any, device: Optional[str], file: Any) -> nn.Module:
+def _load_model(index: ImageIndex, model: Any, device: Optional[str]) -> nn.Module:
+    file = index.file or 'index'
     given = index.about['model'] if model is None else model
     if not given:
         raise ValueError(f"'{file}' does not say where its model {index.about['name']} is: give the model.")
@@ -97,8 +98,17 @@ def _by_faiss(vectors: torch.Tensor):
         flat.add(vectors[start : start + 65_536].float().numpy())
 
     def find(queries: torch.Tensor, topk: int) -> Tuple[torch.Tensor, torch.Tensor]:
-        scores, places = flat.search(queries.numpy(), min(topk, len(vectors)))
-        return torch.from_numpy(scores), torch.from_numpy(places)
+        topk = min(topk, len(vectors))
+        if not topk:
+            return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        count, is_enough = topk + _SPARE, False
+        while not is_enough:  # until there is all that may be equal to the last of those wanted
+            scores, places = flat.search(queries.numpy(), min(count, len(vectors)))
+            is_enough = count >= len(vectors) or (scores[:, topk - 1] - scores[:, -1] > ROUNDING).all()
+            count *= 4
+        ranked = [rank_places(q, vectors, row.sort().values, topk) for q, row in zip(queries, torch.from_numpy(places))]
+        scores, places = zip(*ranked)
+        return torch.stack(scores), torch.stack(places)
 
     return find
 
@@ -123,6 +133,8 @@ def run_search(
     """
     if json is not None:
         check_targets(json, None)
+    if sheet is not None:
+        _check_sheet(sheet)
     opened = ImageIndex.load(index)
     results = search(opened, images, topk, _given_model(opened, model, index), device, faiss)
     if not results:
@@ -143,6 +155,19 @@ def run_search(
     if sheet is not None:
         draw_found(results, Path(index).resolve().parent, opened).save(sheet)
     return 1 if failed else 0
+
+
+def _check_sheet(sheet: str):
+    """Check that a picture can be written, before a model is loaded."""
+    path = Path(sheet)
+    if path.is_dir():
+        raise ValueError(f"'sheet' must name a file, got the folder '{sheet}'.")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"'sheet' must name a file of a format that can be written, such as s.png, got '{sheet}'.")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"The folder of '{sheet}' does not exist.")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise PermissionError(f"'{sheet}' cannot be written.")
 
 
 def _given_model(index: ImageIndex, model: Optional[str], file: str) -> Optional[str]:
@@ -194,14 +219,14 @@ def _describe_folder(net: nn.Module, folder: str, batch_size: int, workers: Opti
     if not paths:
         raise FileNotFoundError(f"There is no image in '{folder}'.")
     amp_dtype = resolve_amp_dtype('auto', next((p.device for p in net.parameters()), torch.device('cpu')))
-    vectors, kept = [], []
-    for entries, pixels in iterate_images(net, [Source(p, p) for p in paths], batch_size, workers, 'auto'):
+    vectors = []
+    sources = [Source(path, path) for path in paths]
+    for entries, descriptors in iterate_descriptors(net, sources, batch_size, workers, amp_dtype):
         for entry in entries:
             if entry.image is None:
                 raise ValueError(entry.error)
-            kept.append(Path(entry.name))
-        vectors.append(describe(net, pixels, amp_dtype).cpu())
-    return torch.cat(vectors), kept
+        vectors.append(descriptors.cpu())
+    return torch.cat(vectors), [Path(path) for path in paths]
 
 
 def _in_names(option: str, pattern: str, paths: Sequence[Path]) -> List[str]:
@@ -215,7 +240,10 @@ def _in_names(option: str, pattern: str, paths: Sequence[Path]) -> List[str]:
         found = compiled.search(path.name)
         if found is None:
             raise ValueError(f"'{option}' {pattern!r} is not found in the name of '{path}'.")
-        texts.append(found[1] if compiled.groups else found[0])
+        text = found[1] if compiled.groups else found[0]
+        if text is None:
+            raise ValueError(f"The first group of '{option}' {pattern!r} takes no part in the name of '{path}'.")
+        texts.append(text)
     return texts
 
 

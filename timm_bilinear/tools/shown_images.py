@@ -1,6 +1,6 @@
 """Images as people see them beside what a network is shown of them, and where in the image that lies."""
 
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,9 +14,22 @@ from ..models.image_modes import IMG_MODES
 from .inference import resolve_tta, view_data_config, view_log_weights
 from .prediction import Source, one_line
 
-__all__ = ['Box', 'ImageReader', 'ShownImage', 'choose_views', 'read_batches', 'shown_box']
+__all__ = [
+    'NOT_FINITE',
+    'Box',
+    'ChosenViews',
+    'ImageReader',
+    'ShownImage',
+    'choose_views',
+    'read_batches',
+    'read_views',
+    'shown_box',
+]
 
 Box = Tuple[float, float, float, float]
+ChosenViews = Tuple[torch.Tensor, List[Box], torch.Tensor]  # what `choose_views` gives
+
+NOT_FINITE = 'The model gives probabilities that are not finite.'  # as `predict` says it
 
 _SHOWN_EDGE = 2048  # pixels that are kept of an image for its picture
 
@@ -130,7 +143,7 @@ def read_batches(
 
 
 @torch.no_grad()
-def choose_views(net: nn.Module, batch: Sequence[ShownImage]) -> Tuple[torch.Tensor, List[Box], torch.Tensor]:
+def choose_views(net: nn.Module, batch: Sequence[ShownImage]) -> ChosenViews:
     """Of each image the view that counts most (B, C, H, W) and its place, and the probabilities of all views."""
     views = torch.stack([shown.views for shown in batch], 1)  # (V, B, C, H, W)
     views = views.to(next((p.dtype for p in net.parameters() if p.is_floating_point()), views.dtype))
@@ -140,3 +153,22 @@ def choose_views(net: nn.Module, batch: Sequence[ShownImage]) -> Tuple[torch.Ten
     probabilities = (logits.log_softmax(-1) + weights).logsumexp(0).exp()
     chosen = torch.stack([views[view, i] for i, view in enumerate(best)])
     return chosen, [shown.boxes[view] for view, shown in zip(best, batch)], probabilities
+
+
+def read_views(
+    net: nn.Module, sources: Sequence[Source], read: ImageReader
+) -> Iterator[Tuple[List[ShownImage], Optional[ChosenViews], List[Dict[str, Any]]]]:
+    """Images that the model has finite probabilities for, a few at a time, their views, and what is wrong with others.
+
+    Without any such image the views are None.
+    """
+    for shown, failed in read_batches(sources, read):
+        if not shown:
+            yield [], None, failed
+            continue
+        pixels, boxes, probabilities = choose_views(net, shown)
+        is_finite = probabilities.isfinite().all(1)
+        places = is_finite.nonzero()[:, 0].tolist()
+        failed += [dict(image=shown[i].name, error=NOT_FINITE) for i in (~is_finite).nonzero()[:, 0].tolist()]
+        chosen = (pixels[places], [boxes[i] for i in places], probabilities[places]) if places else None
+        yield [shown[i] for i in places], chosen, failed

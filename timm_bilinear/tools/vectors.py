@@ -1,6 +1,6 @@
 """Vectors of images to compare by their cosine: descriptors, made short by a sketch or by principal components."""
 
-from typing import Dict, Optional
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,9 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .inference import autocast, resolve_tta, view_data_config, views
+from .prediction import Decoded, Source, iterate_images
 
-__all__ = ['REDUCTIONS', 'Reduction', 'describe']
+__all__ = ['REDUCTIONS', 'Reduction', 'describe', 'iterate_descriptors']
 
 REDUCTIONS = ('sketch', 'pca', 'none')
 _SKETCH = 8192  # what longer descriptors are sketched to before their principal components are taken
@@ -42,6 +43,36 @@ def describe(model: nn.Module, images: torch.Tensor, amp_dtype: Optional[torch.d
             raise ValueError(f"'model' gives no descriptors (B, D), but {tuple(vectors.shape)}.")
         total = total.to(vectors.device) + F.normalize(vectors.float())
     return F.normalize(total)
+
+
+def iterate_descriptors(
+    net: nn.Module,
+    sources: Sequence[Source],
+    batch_size: int,
+    workers: Optional[int] = None,
+    amp_dtype: Optional[torch.dtype] = None,
+) -> Iterator[Tuple[List[Decoded], torch.Tensor]]:
+    """Descriptors of images, a batch at a time.
+
+    Args:
+        net: The model, in eval mode.
+        sources: Images, of `find_sources`.
+        batch_size, workers: As for `predict`.
+        amp_dtype: As for `describe`.
+
+    Yields:
+        What became of each source, with an error if it cannot be read or its descriptor is not finite, and the
+        descriptors (B, D), float32, of those without an error.
+    """
+    for entries, pixels in iterate_images(net, sources, batch_size, workers, 'auto'):
+        descriptors = describe(net, pixels, amp_dtype)
+        is_finite = descriptors.isfinite().all(1)
+        left = iter(is_finite.tolist())
+        for i, entry in enumerate(entries):
+            if entry.image is not None and not next(left):
+                error = f"The model gives a descriptor of '{entry.name}' that is not finite."
+                entries[i] = entry._replace(image=None, error=error)
+        yield entries, descriptors[is_finite]
 
 
 class Reduction:
