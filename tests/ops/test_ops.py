@@ -351,6 +351,7 @@ def test_classifier_errors(args, error, message):
         (dict(eps=-1e-10), r"'eps' must be positive and finite, got -1e-10"),
         (dict(eps=math.inf), r"'eps' must be positive and finite, got inf"),
         (dict(eps=math.nan), r"'eps' must be positive and finite, got nan"),
+        (dict(eps=1e300), r"'eps' must be at most 1e\+30, got 1e\+300"),
     ],
 )
 def test_option_errors(kwargs, message):

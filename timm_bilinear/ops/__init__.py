@@ -117,8 +117,10 @@ def _check(
             _check_dtype('bias', bias, a)
     if pool not in POOL_TYPES:
         raise ValueError(f"'pool' must be one of {', '.join(map(repr, POOL_TYPES))}, got {pool!r}.")
-    if not 0.0 < eps <= 1e30:
-        raise ValueError(f"'eps' must be positive and at most 1e30, got {eps}.")
+    if not 0.0 < eps < float('inf'):
+        raise ValueError(f"'eps' must be positive and finite, got {eps}.")
+    if eps > 1e30:
+        raise ValueError(f"'eps' must be at most 1e+30, got {eps}.")
 
 
 @torch.compiler.assume_constant_result

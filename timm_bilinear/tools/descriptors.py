@@ -16,9 +16,9 @@ __all__ = ['DescriptorFile', 'FeatureError', 'descriptor_key']
 
 
 # Arguments of layers that change nothing of what a trained model computes, or only its classifier.
-_WITHOUT_EFFECT = {
-    *('num_classes', 'drop_rate', 'drop_path_rate', 'drop_prob', 'momentum', 'inplace', 'fix_init', 'freeze_backbone'),
-}
+_WITHOUT_EFFECT = frozenset(
+    'num_classes drop_rate drop_path_rate drop_prob momentum inplace fix_init freeze_backbone'.split()
+)
 _PASSING_ON = ('Identity', 'Drop')  # starts of the classes that do nothing in eval mode
 
 
