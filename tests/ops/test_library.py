@@ -5,6 +5,7 @@ import torch
 from op_cases import TOLERANCES, classifier, deviation, double, features, run
 
 from timm_bilinear import ops
+from timm_bilinear.layers import BilinearHead
 from timm_bilinear.ops import bilinear_classify, bilinear_pool, library, reference
 
 # opcheck's tests of an op that has no derivative
@@ -179,3 +180,7 @@ def test_compiled_graphs_have_the_op(dynamic):
     torch.compile(both, fullgraph=True, backend=backend, dynamic=dynamic)(*inputs, 'avg')
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert any('bilinear_pool' in t for t in targets) and any('bilinear_classify' in t for t in targets), targets
+
+    graphs.clear()
+    torch.compile(BilinearHead(12, 3), fullgraph=True, backend=backend, dynamic=dynamic)(inputs[0])
+    assert any('bilinear_classify' in str(node.target) for graph in graphs for node in graph.graph.nodes)

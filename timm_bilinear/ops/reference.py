@@ -115,6 +115,7 @@ def norm(y: torch.Tensor) -> torch.Tensor:
 
 def signed_root(z: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """sign(z) (sqrt(|z| + eps) - sqrt(eps)), of any shape that eps > 0 broadcasts to."""
+    eps = eps.clamp_min(1e-30)  # sqrt() has no gradient at 0, which smaller ones are in float32
     # The gradient at z = 0 is 0: sign() has none, and the |z| inside the root is taken with abs(), whose is 0 there.
     return z.sign() * ((z.abs() + eps).sqrt() - eps.sqrt())
 
@@ -167,7 +168,7 @@ def _unnormalised(
         scale_a, scale_b = scale[:, :1].unsqueeze(2), scale[:, 1:].unsqueeze(2)
     a = a / scale_a
     b_ = a if symmetric else b_ / scale_b
-    eps_ = (eps / scale_a / scale_b).clamp_min(1e-30)  # sqrt() has no gradient at 0
+    eps_ = eps / scale_a / scale_b
 
     z = products(a, b_, pool)
     y = signed_root(z, eps_)

@@ -80,7 +80,7 @@ class MomentsPooling(PlainPooling):
         first = first / torch.maximum(first.detach().abs().amax(1, keepdim=True), 1 / scale[:, 0])
         first = F.layer_norm(first, self.in_features[-1:])
         z = self.covariances(self.centred(a))
-        y = reference.signed_root(z, torch.full((), max(self.eps, 1e-30), dtype=z.dtype, device=z.device))
+        y = reference.signed_root(z, torch.full((), self.eps, dtype=z.dtype, device=z.device))
         return torch.cat([first, (y / reference.norm(y)).flatten(1)], 1)
 
     def terms(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> List[Terms]:

@@ -113,7 +113,7 @@ def root_and_norm(z: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         (B, D).
     """
-    offset = torch.full((), max(eps, 1e-30), dtype=z.dtype, device=z.device)  # sqrt() has no gradient at 0
+    offset = torch.full((), eps, dtype=z.dtype, device=z.device)
     if z.dim() == 3:
         entries, factor = reference.triangle(z)
         y = reference.signed_root(entries, offset) * factor
