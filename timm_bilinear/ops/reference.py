@@ -17,7 +17,6 @@ __all__ = [
     'bilinear_pool',
     'compute_dtype',
     'descriptors',
-    'moderate_scale',
     'norm',
     'pack',
     'products',
@@ -97,14 +96,6 @@ def safe_scales(a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.T
     huge = largest_a > most / largest_b.clamp_min(1.0)
     huge = huge | (largest_b > most / largest_a.clamp_min(1.0))
     return torch.where(huge, largest_a, 1.0), torch.where(huge, largest_b, 1.0)
-
-
-def moderate_scale(a: torch.Tensor) -> torch.Tensor:
-    """Divisors of each image's features, (B, 1, 1), for what is multiplied by them again: 1, but where products could
-    overflow such that the largest is 1e14, since a gradient times the largest itself could overflow, too.
-    """
-    scale, _ = safe_scales(a, a)
-    return torch.where(scale > 1, scale * 1e-14, scale)
 
 
 def norm(y: torch.Tensor) -> torch.Tensor:

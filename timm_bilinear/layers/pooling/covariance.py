@@ -161,7 +161,7 @@ class ISqrtPooling(PlainPooling):
         self.isometric = isometric
 
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
-        scale = reference.moderate_scale(a)
+        scale, _ = reference.safe_scales(a, a)
         a = a / scale
         return self.root(a - a.mean(2, keepdim=True)) * scale[:, 0]
 

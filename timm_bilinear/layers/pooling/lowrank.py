@@ -93,7 +93,7 @@ class LowRankPooling(PlainPooling):
 
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
         if not self.norm:
-            scale = reference.moderate_scale(a)
+            scale, _ = reference.safe_scales(a, a)
             largest = 1.79e308 if a.dtype == torch.float64 else 3.38e38  # bfloat16 holds it, too
             a = a / scale
             z = reference.pack(reference.products(a, a, 'avg'))
