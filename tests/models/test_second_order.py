@@ -225,7 +225,8 @@ def test_class_token():
     torch.testing.assert_close(model.forward_intermediates(x)[0], features)
     # a linear classifier of the class token, and one of the covariances
     z = model.forward_head(features, pre_logits=True)
-    torch.testing.assert_close(z[:, :64], nn.functional.layer_norm(prefix[:, 0], (64,)))
+    torch.testing.assert_close(z[:, :64], nn.functional.layer_norm(prefix[:, 0], (64,)) / 8)
+    torch.testing.assert_close(z[:, :64].norm(dim=1), torch.ones(2), rtol=1e-2, atol=0)
     torch.testing.assert_close(z[:, 64:].view(2, 3, 16).norm(dim=2), torch.ones(2, 3))
 
 
@@ -238,6 +239,7 @@ def test_class_token():
         (dict(out_indices_a=(1, 2), pool_type='cross', proj_dim=8), "without 'proj_dim'"),
         (dict(out_indices_a=(1, 2), pool_type='cross', backbone_b='test_resnet'), "'out_indices_a'.*'backbone_b'"),
         (dict(out_indices_a=(0, 1, 2, 3, 4), pool_type='cross'), 'is of 1 to 4 streams, got 5'),
+        (dict(out_indices_a=(1, 2), pool_type='cross', out_index_a=3), "'out_index_a' is 3.*give the latter alone"),
         (dict(class_token=True, pool_type='moments'), "'class_token': 'test_resnet' has none"),
         (dict(pool_type='isqrt', backbone_b='test_convnext'), "'isqrt' is of one stream, got 2"),
         (dict(pool_type='moments', dim=10), "'dim' must be a multiple of 'heads'"),

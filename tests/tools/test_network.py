@@ -150,7 +150,7 @@ def _saved(tmp_path, net, kind):
         path = tmp_path / 'saved' / 'model.safetensors'
     else:
         state = {f'module.{k}': v for k, v in net.state_dict().items()}
-        torch.save({'plain': net.state_dict(), 'ema': dict(state_dict={}, state_dict_ema=state)}[kind], path)
+        torch.save(dict(state_dict={}, state_dict_ema=state) if kind == 'ema' else net.state_dict(), path)
     return path
 
 
@@ -167,6 +167,43 @@ def test_weights(tmp_path, model, classes, kind):
         if not key.startswith(classifier) or classes == 2:
             assert torch.equal(net.state_dict()[key], value), key
     assert net.get_classifier().out_features == 2 and not net.pretrained_cfg.get('file')
+
+
+@pytest.mark.parametrize(
+    'model, model_kwargs',
+    [
+        ('bcnn', dict(backbone_a='test_resnet', pool_type='lowrank', proj_dim=16)),  # classes x channels x rank
+        ('resnetv2_50d_gn', None),  # a 1x1 convolution
+    ],
+    ids=['lowrank', 'convolution'],
+)
+@pytest.mark.parametrize('classes', [2, 5])
+def test_weights_with_other_classifiers(tmp_path, model, model_kwargs, classes):
+    start = timm.create_model(model, num_classes=classes, **model_kwargs or {})
+    torch.save(start.state_dict(), tmp_path / 'weights.pth')
+    net, _ = _network(model=model, model_kwargs=model_kwargs, weights=tmp_path / 'weights.pth')
+    for key, value in start.state_dict().items():
+        if not key.startswith('head.fc.') or classes == 2:
+            assert torch.equal(net.state_dict()[key], value), key
+
+
+def test_another_pooling_than_that_of_the_weights(tmp_path):
+    """Of a saved model and of a file: it is trained, and what a checkpoint says of the model is true."""
+    start = timm.create_model('bcnn', num_classes=5, backbone_a='test_resnet', pool_type='sketch', dim=32)
+    folder = save_model(start, tmp_path / 'saved')
+    for given in (
+        dict(model=f'local-dir:{folder}', model_kwargs=dict(pool_type='moments', dim=16), pretrained=True),
+        dict(
+            model_kwargs=dict(backbone_a='test_resnet', pool_type='moments', dim=16),
+            weights=_saved(tmp_path, start, 'plain'),
+        ),
+    ):
+        net, args = _network(**given)
+        assert net.head.pool_type == 'moments' and net.head.pool.heads * net.head.pool.head_dim == 16
+        weights = net.stream_a.state_dict()
+        assert all(torch.equal(v, weights[k]) for k, v in start.stream_a.state_dict().items())
+        again = rebuild_network(dict(describe_network(net, args), state_dict=net.state_dict()))
+        assert again.head.pool_type == 'moments'
 
 
 def test_weights_of_finetune(data, tmp_path):

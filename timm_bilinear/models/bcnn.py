@@ -29,6 +29,8 @@ from timm.models import (
 )
 
 from .._compat import FeatureGetterNet
+from ..layers.arguments import arguments_of
+from ..layers.pooling import pooling_arguments
 from .bilinear_cnn import BilinearCNN
 from .hub_config import check_hub_config
 from .pretrained import HUB_OWNER, checkpoint_filter_fn, fetch_weights
@@ -70,6 +72,27 @@ def _resolve_cfg(
     return replace(cfg, architecture=variant)
 
 
+def _replace_saved_pooling(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments of which those of a saved model are left out that are of its pooling, where another one is asked for.
+
+    Raises:
+        ValueError: If there is no such pooling.
+    """
+    saved = kwargs.get('pretrained_model_args') or {}
+    if 'global_pool' not in saved:
+        return kwargs
+    kwargs = dict(kwargs)
+    if 'pool_type' in saved and kwargs.get('pool_type') == saved['pool_type']:
+        del kwargs['pool_type']  # what the model was created with; `global_pool` is what it had when it was saved
+    pooling = kwargs.get('pool_type', kwargs['global_pool'])
+    if pooling and pooling != saved['global_pool']:
+        taken = set(arguments_of(BilinearCNN)) | set(pooling_arguments(pooling))
+        for name in set(saved) - taken:
+            if kwargs.get(name) == saved[name]:
+                del kwargs[name]
+    return kwargs
+
+
 def _create_bcnn(
     variant: str,
     pretrained: bool = False,
@@ -83,6 +106,7 @@ def _create_bcnn(
     Without a tag or another source, `pretrained` means the backbones' own weights and a fresh classifier; otherwise
     complete weights.
     """
+    kwargs = _replace_saved_pooling(kwargs)
     cfg = _resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, **kwargs)
     is_own = cfg.hf_hub_id not in (None, default_cfgs[variant].default.hf_hub_id)
     complete = any((is_own, cfg.source, cfg.tag, cfg.url, cfg.file, cfg.state_dict))
@@ -284,32 +308,32 @@ def bcnn(pretrained: bool = False, **kwargs) -> BilinearCNN:
 @register_model
 def cbcnn_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu5_3 with itself by Tensor Sketch."""
-    model_args = dict(backbone_a='vgg16', out_index_a=4, pool_type='sketch')
+    model_args = dict(backbone_a='vgg16', out_index_a=4, global_pool='sketch')
     return _create_bcnn('cbcnn_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cbcnn_resnet50(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """ResNet-50 layer4, all its 2048 channels, with itself by Tensor Sketch."""
-    model_args = dict(backbone_a='resnet50', out_index_a=4, pool_type='sketch')
+    model_args = dict(backbone_a='resnet50', out_index_a=4, global_pool='sketch')
     return _create_bcnn('cbcnn_resnet50', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ibcnn_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu5_3 with itself, matrix square root before the signed one."""
-    model_args = dict(backbone_a='vgg16', out_index_a=4, pool_type='sqrtm')
+    model_args = dict(backbone_a='vgg16', out_index_a=4, global_pool='sqrtm')
     return _create_bcnn('ibcnn_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ibcnn_densenet201(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """DenseNet-201 norm5 projected to 512 channels with itself, matrix square root before the signed one."""
-    model_args = dict(backbone_a='densenet201', out_index_a=4, proj_dim=512, pool_type='sqrtm')
+    model_args = dict(backbone_a='densenet201', out_index_a=4, proj_dim=512, global_pool='sqrtm')
     return _create_bcnn('ibcnn_densenet201', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
-_MPNCOV_ARGS = dict(out_index_a=4, proj_dim=256, proj_type='conv_bn_relu', pool_type='isqrt')
+_MPNCOV_ARGS = dict(out_index_a=4, proj_dim=256, proj_type='conv_bn_relu', global_pool='isqrt')
 
 
 @register_model
@@ -343,19 +367,19 @@ def mpncov_vgg16_bn(pretrained: bool = False, **kwargs) -> BilinearCNN:
 @register_model
 def hbp_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu3_3, relu4_3 and relu5_3, each pair of them; the paper has relu5_1 to relu5_3."""
-    model_args = dict(backbone_a='vgg16', out_indices_a=(2, 3, 4), pool_type='cross')
+    model_args = dict(backbone_a='vgg16', out_indices_a=(2, 3, 4), global_pool='cross')
     return _create_bcnn('hbp_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def hbp_resnet34(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """ResNet-34 layer2, layer3 and layer4, each pair of them."""
-    model_args = dict(backbone_a='resnet34', out_indices_a=(2, 3, 4), pool_type='cross')
+    model_args = dict(backbone_a='resnet34', out_indices_a=(2, 3, 4), global_pool='cross')
     return _create_bcnn('hbp_resnet34', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def lrbp_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu5_3 projected to 100 channels, classifier of rank 8."""
-    model_args = dict(backbone_a='vgg16', out_index_a=4, proj_dim=100, pool_type='lowrank')
+    model_args = dict(backbone_a='vgg16', out_index_a=4, proj_dim=100, global_pool='lowrank')
     return _create_bcnn('lrbp_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,5 +1,6 @@
 """Pretrained weights: the one checkpoint filter, and where complete weights come from."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
@@ -13,6 +14,8 @@ from ..layers.pooling import ISqrtPooling
 from .download import UnavailableError, prefetch
 
 __all__ = ['HUB_OWNER', 'check_backbone_weights', 'checkpoint_filter_fn', 'fetch_weights']
+
+_logger = logging.getLogger(__name__)
 
 HUB_OWNER = 'timm-bilinear'  # of this project's repos on the Hub, whose files are in hub/ too
 
@@ -77,6 +80,20 @@ def _from_mpncov(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[
     return state_dict
 
 
+def _adopt_pooling(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Weights with the model's own where they are of another pooling, or have no projection.
+
+    For a model whose classifier, which comes behind them, is replaced too. A projection that was trained is not lost.
+    """
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(('head.pool.', 'head.proj_'))}
+    fresh = {k: v for k, v in own.items() if k not in state_dict}
+    fresh.update({k: v for k, v in own.items() if k.startswith('head.pool.') and v.shape != state_dict.get(k, v).shape})
+    if fresh:
+        _logger.warning(f'The checkpoint has another head: {", ".join(sorted(fresh))} start afresh, as the classifier.')
+    kept = {k: v for k, v in state_dict.items() if k in own or not k.startswith('head.pool.')}
+    return {**kept, **fresh}
+
+
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module):
     """Raise if `state_dict` does not fit, but for what timm adapts: another number of classes or input channels."""
     own = model.state_dict()
@@ -99,7 +116,8 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module):
         if any(p.startswith('head.fc.') for p in problems):
             hint = (
                 f' (The checkpoint was taken to have {num_classes} classes; if it has another number, give'
-                f' pretrained_cfg_overlay=dict(num_classes=...) and its classifier is replaced.)'
+                ' pretrained_cfg_overlay=dict(num_classes=...) and its classifier is replaced; a model of num_classes=0'
+                ' takes the streams alone.)'
             )
         raise RuntimeError(f'The checkpoint does not fit this {type(model).__name__}: {shown}.{hint}')
 
@@ -134,6 +152,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     head = model.head
     if weight is not None and head.pool is not None:
         state_dict['head.fc.weight'] = head.pool.fold_classifier(weight)
+    if model.pretrained_cfg['num_classes'] != model.num_classes:
+        state_dict = _adopt_pooling(state_dict, model)
     _check_fit(state_dict, model)
     return state_dict
 

@@ -62,7 +62,8 @@ def _count_classes(file: Path, classifiers: Tuple[str, ...]) -> Optional[int]:
             raise TypeError
     except Exception as e:  # safetensors, pickle and zip files each have errors of their own
         raise ValueError(f"'weights': '{file}' cannot be read as weights: {_damage(file, e)}.") from e
-    return next((shapes[name][0] for name in classifiers if len(shapes.get(name, ())) == 2), None)
+    # of more than two dimensions if it is a 1x1 convolution, or of low rank
+    return next((shapes[name][0] for name in classifiers if len(shapes.get(name, ())) > 1), None)
 
 
 def check_network(settings: Settings) -> None:

@@ -97,7 +97,8 @@ def test_moments_are_cross_covariances_of_heads(channels):
     heads = [pooling.norm(tokens[..., 5 * i : 5 * i + 5]) for i in range(3)]
     first = maps[-1].mean((2, 3))
     # scikit-learn's, NumPy's and everybody's covariance: products less the product of the means, of every channel
-    parts = [(first - first.mean(1, keepdim=True)) / (first.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()]
+    first = (first - first.mean(1, keepdim=True)) / (first.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    parts = [first / channels[-1] ** 0.5]  # of unit length, as those that follow
     for a, b in pairwise(heads):
         covariances = [np.cov(x.T.detach(), y.T.detach(), bias=True)[:5, 5:] for x, y in zip(a, b)]
         parts.append(F.normalize(signed_root(torch.from_numpy(np.stack(covariances))).flatten(1)))

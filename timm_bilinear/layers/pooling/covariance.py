@@ -44,23 +44,50 @@ def newton_schulz(z: torch.Tensor, iterations: int) -> torch.Tensor:
     return root
 
 
+def _inverses(x: torch.Tensor) -> torch.Tensor:
+    """1 / x, but 0 where x is 0."""
+    return torch.where(x == 0, 0.0, 1 / torch.where(x == 0, 1.0, x))
+
+
 def _solve_lyapunov(g: torch.Tensor, vectors: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
-    """X with S X + X S = G for symmetric S = U diag(s) U^T and the symmetric part of G; 0 where S is."""
-    g = vectors.mT @ ((g + g.mT) / 2) @ vectors
-    sums = roots[..., :, None] + roots[..., None, :]
-    is_null = sums <= _LEAST_ROOT * roots.amax(-1)[..., None, None]
-    return vectors @ (g * torch.where(is_null, 0.0, 1 / torch.where(is_null, 1.0, sums))) @ vectors.mT
+    """X with S X + X S = G for symmetric S = U diag(s) U^T and the symmetric part of G; 0 where S is.
+
+    Of U (B, C, R) there may be but the columns whose s is not 0.
+    """
+    g = ((g + g.mT) / 2) @ vectors
+    inner = vectors.mT @ g
+    solved = inner * _inverses(roots[..., :, None] + roots[..., None, :])
+    if vectors.shape[-1] == vectors.shape[-2]:
+        return vectors @ solved @ vectors.mT
+    # what maps the null space of S to the space of U, and back
+    half = (g - vectors @ inner) * _inverses(roots)[..., None, :] + vectors @ (solved / 2)
+    half = half @ vectors.mT
+    return half + half.mT
 
 
-def _eigen_roots(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Roots of the eigenvalues (B, C), 0 for what is 0 but for rounding, and the eigenvectors (B, C, C).
+def _eigen_roots(z: torch.Tensor, x: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Roots of eigenvalues (B, R), 0 for what is 0 but for rounding, and their eigenvectors (B, C, R).
 
     Of a matrix that is not finite, for which LAPACK gives up the whole batch, the roots are nan.
+
+    Args:
+        z: (B, C, C).
+        x: (B, C, N) with Z = X X^T / N: of fewer columns than rows R = N eigenvectors come from X^T X / N, else R = C.
     """
-    is_finite = z.isfinite().all(-1).all(-1)
-    values, vectors = torch.linalg.eigh(torch.where(is_finite[..., None, None], z, 0.0))
+    factor = x if x is not None and x.shape[-1] < x.shape[-2] else None
+    gram = z if factor is None else factor.mT @ factor / factor.shape[-1]
+    is_finite = gram.isfinite().all(-1).all(-1)
+    gram = torch.where(is_finite[..., None, None], gram, 0.0)
+    # Of many rows of zeros, as dead channels make them, LAPACK may find no eigenvectors ('failed to converge'; in MKL
+    # two or three matrices in a hundred). It does if no two eigenvalues are alike, to the last digit of the largest.
+    spread = torch.linspace(0.5, 1, gram.shape[-1], dtype=z.dtype, device=z.device) * torch.finfo(z.dtype).eps
+    ridge = torch.diag_embed(gram.diagonal(0, -2, -1).amax(-1, keepdim=True) * spread)
+    values, vectors = torch.linalg.eigh(gram + ridge)
     roots = torch.where(is_finite[..., None], values.clamp_min(0).sqrt(), torch.nan)
-    return torch.where(roots <= _LEAST_ROOT * roots.amax(-1, keepdim=True), 0.0, roots), vectors
+    roots = torch.where(roots <= _LEAST_ROOT * roots.amax(-1, keepdim=True), 0.0, roots)
+    if factor is not None:
+        vectors = (factor @ vectors) * (_inverses(roots) * factor.shape[-1] ** -0.5)[..., None, :]
+    return roots, vectors
 
 
 class _CompiledMatrixRoot(torch.autograd.Function):
@@ -71,8 +98,8 @@ class _CompiledMatrixRoot(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        roots, vectors = _eigen_roots(z)
+    def forward(z: torch.Tensor, x: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        roots, vectors = _eigen_roots(z, x)
         return (vectors * roots[..., None, :]) @ vectors.mT, vectors, roots
 
     @staticmethod
@@ -83,15 +110,15 @@ class _CompiledMatrixRoot(torch.autograd.Function):
         ctx.save_for_forward(vectors, roots)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor, _, __) -> torch.Tensor:
-        return _FirstDerivative.apply(grad, *ctx.saved_tensors)
+    def backward(ctx, grad: torch.Tensor, _, __) -> Tuple[torch.Tensor, None]:
+        return _FirstDerivative.apply(grad, *ctx.saved_tensors), None
 
 
 class _MatrixRoot(_CompiledMatrixRoot):
     """The same with a forward derivative, which torch.compile does not take."""
 
     @staticmethod
-    def jvp(ctx, tangent: torch.Tensor) -> Tuple[torch.Tensor, None, None]:
+    def jvp(ctx, tangent: torch.Tensor, _) -> Tuple[torch.Tensor, None, None]:
         return _solve_lyapunov(tangent, *ctx.saved_tensors), None, None
 
 
@@ -113,12 +140,20 @@ class _FirstDerivative(torch.autograd.Function):
         raise NotImplementedError("Pooling 'sqrtm' has no second derivative; with `iterations` it has.")
 
 
-def matrix_root(z: torch.Tensor) -> torch.Tensor:
-    """Square roots of symmetric positive semidefinite matrices, (B, C, C)."""
+def matrix_root(z: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Square roots of symmetric positive semidefinite matrices.
+
+    Args:
+        z: (B, C, C).
+        x: (B, C, N) with Z = X X^T / N, if there is one: with fewer columns than rows its small Gram matrix is solved.
+
+    Returns:
+        (B, C, C).
+    """
     if not torch.jit.is_scripting():
         if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
             root = _CompiledMatrixRoot if torch.compiler.is_compiling() else _MatrixRoot
-            return root.apply(z)[0]
+            return root.apply(z, x if x is None else x.detach())[0]
     return _iterated_root(z, 32)  # until roots of 3e-6 of the largest are there, in graphs that have no eigenvectors
 
 
@@ -227,11 +262,18 @@ class MatrixRootPooling(PlainPooling):
         self.iterations = iterations
         self.eps = eps
 
+    def _factor(self, a: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Features in float64, scaled as `mean_products` does it, and their mean outer product."""
+        x = a.double()
+        x = x / reference.safe_scales(x, x)[0]
+        return x, reference.products(x, x, 'avg')
+
     def root(self, a: torch.Tensor) -> torch.Tensor:
         """Root (B, C, C) of the mean outer product of features (B, C, N)."""
         iterations = self.iterations
         if iterations is None:
-            return matrix_root(mean_products(a.double(), None)).to(a.dtype)
+            x, z = self._factor(a)
+            return matrix_root(z, x).to(a.dtype)
         return _iterated_root(mean_products(a, None), iterations)
 
     def describe(self, a: torch.Tensor, b: Optional[torch.Tensor]) -> torch.Tensor:
@@ -241,10 +283,9 @@ class MatrixRootPooling(PlainPooling):
         if self.iterations is not None:
             return [Terms(reference.pack(self.root(a)), (a,), 1)]
         # Z^(1/2) = (Q Z + Z Q) / 2 with Q = Z^(-1/2) held constant
-        z = mean_products(a.double(), None)
-        roots, vectors = _eigen_roots(z.detach())
-        inverse = torch.where(roots == 0, 0.0, 1 / torch.where(roots == 0, 1.0, roots))
-        inverse = (vectors * inverse[:, None, :]) @ vectors.mT
+        x, z = self._factor(a)
+        roots, vectors = _eigen_roots(z.detach(), x.detach())
+        inverse = (vectors * _inverses(roots)[:, None, :]) @ vectors.mT
         return [Terms(reference.pack((inverse @ z + z @ inverse) / 2).to(a.dtype), (a,), 2)]
 
     def extra_repr(self) -> str:

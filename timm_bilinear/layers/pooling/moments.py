@@ -23,9 +23,10 @@ __all__ = ['MomentsPooling']
 class MomentsPooling(PlainPooling):
     """The class token, or the mean of the tokens, beside cross-covariances of neighbouring heads of the tokens.
 
-    The first part is normalised as by a layer norm, whose scale and shift a linear classifier has. Tokens are
-    projected, split into heads, layer-normalised and centred; each covariance has a signed square root and unit length.
-    A linear classifier on both is the sum of one on each.
+    The first part is normalised as by a layer norm, whose scale and shift a linear classifier has, and divided by the
+    root of its channels: like each covariance, after a signed square root, it has unit length, so that one learning
+    rate suits both. Tokens are projected, split into heads, layer-normalised and centred. A linear classifier on all
+    parts is the sum of one on each.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class MomentsPooling(PlainPooling):
         scale, _ = reference.safe_scales(tokens, tokens)
         first = (tokens / scale).mean(2)
         first = first / torch.maximum(first.detach().abs().amax(1, keepdim=True), 1 / scale[:, 0])
-        first = F.layer_norm(first, self.in_features[-1:])
+        first = F.layer_norm(first, self.in_features[-1:]) * self.in_features[-1] ** -0.5
         z = self.covariances(self.centred(a))
         y = reference.signed_root(z, torch.full((), self.eps, dtype=z.dtype, device=z.device))
         return torch.cat([first, (y / reference.norm(y)).flatten(1)], 1)
