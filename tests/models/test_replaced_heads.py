@@ -7,7 +7,9 @@ import pytest
 import timm
 import torch
 from small_models import images
+from timm.models import _registry, build_model_with_cfg
 
+from timm_bilinear import BilinearCNN
 from timm_bilinear.hub import save_model
 
 pytestmark = pytest.mark.usefixtures('clean_up')
@@ -45,6 +47,7 @@ def test_another_pooling(tmp_path, caplog, name, kwargs, pooling, argument):
     assert loaded.head.pool_type == pooling and _same_streams(model, loaded)
     own = {k for k in loaded.state_dict() if k.startswith('head.pool.') and pooling != model.head.pool_type}
     assert all(key in caplog.text for key in own) and ('afresh' in caplog.text) == bool(own)
+    assert ('its classifier' in caplog.text) == (pooling != model.head.pool_type)
     # what is saved of it is of its own pooling
     again = timm.create_model(f'local-dir:{save_model(loaded, tmp_path / "again")}', pretrained=True).eval()
     assert again.head.pool_type == pooling
@@ -95,6 +98,59 @@ def test_a_pooling_takes_the_arguments_that_it_can_of_the_saved_one(tmp_path):
     assert loaded.head.pool.num_features == 16
     with pytest.raises(TypeError, match="'dim': pooling 'avg' takes"):
         timm.create_model(source, pretrained=True, num_classes=3, pool_type='avg', dim=16)
+
+
+def test_what_the_new_pooling_cannot_take_of_the_saved_one(tmp_path):
+    _, source = _saved(tmp_path, 'bcnn', dict(pool_type='democratic', iterations=500))
+    assert timm.create_model(source, pretrained=True, num_classes=3, pool_type='isqrt').head.pool.iterations == 5
+
+
+@pytest.mark.parametrize('pool_type', ['sketch', 'cross'])
+def test_another_size_of_the_same_pooling(tmp_path, caplog, pool_type):
+    """Hashes of fewer places have the same shape."""
+    kwargs = dict(pool_type=pool_type, **(dict(out_indices_a=(2, 3, 4)) if pool_type == 'cross' else {}))
+    _, source = _saved(tmp_path, 'bcnn', dict(kwargs, dim=32))
+    given = dict(out_indices_a=(3, 4)) if pool_type == 'cross' else dict(dim=512)
+    torch.manual_seed(3)
+    with caplog.at_level(logging.WARNING):
+        loaded = timm.create_model(source, pretrained=True, num_classes=3, **given)
+    assert all(key in caplog.text for key in loaded.state_dict() if key.startswith('head.pool.'))
+    if pool_type == 'sketch':
+        assert loaded.head.pool.hash_a.max() > 64
+
+
+def test_named_models_take_levels(tmp_path):
+    """Of an entry point, or a saved model, that has one level."""
+    kwargs = dict(backbone_a='test_resnet', out_indices_a=(2, 3, 4), pool_type='cross', dim=8)
+    model, source = _saved(tmp_path, 'bcnn_resnet18', dict(kwargs, out_index_a=3))
+    assert model.head.num_features == timm.create_model('bcnn_resnet18', **kwargs).head.num_features == 24
+    assert timm.create_model(source, pretrained=True).head.num_features == 24
+
+
+class _Tempered(BilinearCNN):
+    """A model of the user's own, with an argument of its own."""
+
+    def __init__(self, temperature: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.temperature = temperature
+
+
+def _tempered(pretrained=False, **kwargs):
+    kwargs = dict(dict(backbone_a='test_resnet', pool_type='sketch'), **kwargs)
+    return build_model_with_cfg(_Tempered, 'bcnn_tempered', pretrained, **kwargs)
+
+
+def test_a_model_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(_registry._model_entrypoints, 'bcnn_tempered', _tempered)
+    cfg = timm.models.PretrainedCfg(architecture='bcnn_tempered', classifier='head.fc', num_classes=2)
+    model = timm.create_model('bcnn_tempered', temperature=5.0, num_classes=2, pretrained_cfg=cfg)
+    assert model.head.pool_type == 'sketch' and model.temperature == 5
+    assert timm.create_model('bcnn_tempered', global_pool='avg', pretrained_cfg=cfg).head.pool_type == 'avg'
+    model.reset_classifier(2, 'avg')
+    loaded = timm.create_model(f'local-dir:{save_model(model, tmp_path / "own")}', pretrained=True)
+    assert loaded.temperature == 5 and loaded.head.pool_type == 'avg'
+    x = images()
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 
 def test_with_as_many_classes_it_is_an_error(tmp_path):

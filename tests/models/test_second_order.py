@@ -239,7 +239,6 @@ def test_class_token():
         (dict(out_indices_a=(1, 2), pool_type='cross', proj_dim=8), "without 'proj_dim'"),
         (dict(out_indices_a=(1, 2), pool_type='cross', backbone_b='test_resnet'), "'out_indices_a'.*'backbone_b'"),
         (dict(out_indices_a=(0, 1, 2, 3, 4), pool_type='cross'), 'is of 1 to 4 streams, got 5'),
-        (dict(out_indices_a=(1, 2), pool_type='cross', out_index_a=3), "'out_index_a' is 3.*give the latter alone"),
         (dict(class_token=True, pool_type='moments'), "'class_token': 'test_resnet' has none"),
         (dict(pool_type='isqrt', backbone_b='test_convnext'), "'isqrt' is of one stream, got 2"),
         (dict(pool_type='moments', dim=10), "'dim' must be a multiple of 'heads'"),

@@ -13,6 +13,7 @@ Papers:
 `Low-rank Bilinear Pooling for Fine-Grained Classification` - https://arxiv.org/abs/1611.05109
 """
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from timm.models import (
 )
 
 from .._compat import FeatureGetterNet
-from ..layers.arguments import arguments_of
+from ..layers.arguments import argument_problem, arguments_of
 from ..layers.pooling import pooling_arguments
 from .bilinear_cnn import BilinearCNN
 from .hub_config import check_hub_config
@@ -37,6 +38,8 @@ from .pretrained import HUB_OWNER, checkpoint_filter_fn, fetch_weights
 from .streams import input_config
 
 __all__ = ['BilinearCNN']
+
+_logger = logging.getLogger(__name__)
 
 
 def _features(model: BilinearCNN, out_indices: Optional[Union[int, List[int]]] = None, **kwargs) -> FeatureGetterNet:
@@ -73,7 +76,9 @@ def _resolve_cfg(
 
 
 def _replace_saved_pooling(kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments of which those of a saved model are left out that are of its pooling, where another one is asked for.
+    """Arguments of a saved model and a user's together, of which the user's `pool_type` counts.
+
+    timm saves the pooling that a model has as `global_pool`, which overrides `pool_type`.
 
     Raises:
         ValueError: If there is no such pooling.
@@ -81,15 +86,20 @@ def _replace_saved_pooling(kwargs: Dict[str, Any]) -> Dict[str, Any]:
     saved = kwargs.get('pretrained_model_args') or {}
     if 'global_pool' not in saved:
         return kwargs
-    kwargs = dict(kwargs)
-    if 'pool_type' in saved and kwargs.get('pool_type') == saved['pool_type']:
-        del kwargs['pool_type']  # what the model was created with; `global_pool` is what it had when it was saved
-    pooling = kwargs.get('pool_type', kwargs['global_pool'])
+    kwargs = dict(dict(global_pool=saved['global_pool']), **kwargs)
+    if kwargs['global_pool'] == saved['global_pool'] and kwargs.get('pool_type') not in (None, saved.get('pool_type')):
+        kwargs['global_pool'] = kwargs['pool_type']
+    pooling = kwargs['global_pool']
     if pooling and pooling != saved['global_pool']:
-        taken = set(arguments_of(BilinearCNN)) | set(pooling_arguments(pooling))
-        for name in set(saved) - taken:
-            if kwargs.get(name) == saved[name]:
+        known, of_model = pooling_arguments(pooling), arguments_of(BilinearCNN)
+        for name in set(saved) - set(of_model):
+            is_taken = name in known and not argument_problem(known[name], saved[name])
+            if not is_taken and kwargs.get(name) == saved[name]:
                 del kwargs[name]
+        _logger.warning(
+            f"The model was saved with the pooling '{saved['global_pool']}' and is made with '{pooling}':"
+            ' its classifier, and what the pooling has of its own, were trained for the former.'
+        )
     return kwargs
 
 
@@ -99,14 +109,15 @@ def _create_bcnn(
     pretrained_cfg: Optional[Any] = None,
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     cache_dir: Optional[Union[str, Path]] = None,
+    default_pool: str = 'avg',
     **kwargs,
 ) -> BilinearCNN:
-    """Build a bilinear CNN.
+    """Build a bilinear CNN, which has the pooling `default_pool` if no other is asked for.
 
     Without a tag or another source, `pretrained` means the backbones' own weights and a fresh classifier; otherwise
     complete weights.
     """
-    kwargs = _replace_saved_pooling(kwargs)
+    kwargs = dict(dict(pool_type=default_pool), **_replace_saved_pooling(kwargs))
     cfg = _resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay, **kwargs)
     is_own = cfg.hf_hub_id not in (None, default_cfgs[variant].default.hf_hub_id)
     complete = any((is_own, cfg.source, cfg.tag, cfg.url, cfg.file, cfg.state_dict))
@@ -308,78 +319,78 @@ def bcnn(pretrained: bool = False, **kwargs) -> BilinearCNN:
 @register_model
 def cbcnn_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu5_3 with itself by Tensor Sketch."""
-    model_args = dict(backbone_a='vgg16', out_index_a=4, global_pool='sketch')
-    return _create_bcnn('cbcnn_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone_a='vgg16', out_index_a=4)
+    return _create_bcnn('cbcnn_vgg16', pretrained=pretrained, default_pool='sketch', **dict(model_args, **kwargs))
 
 
 @register_model
 def cbcnn_resnet50(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """ResNet-50 layer4, all its 2048 channels, with itself by Tensor Sketch."""
-    model_args = dict(backbone_a='resnet50', out_index_a=4, global_pool='sketch')
-    return _create_bcnn('cbcnn_resnet50', pretrained=pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone_a='resnet50', out_index_a=4)
+    return _create_bcnn('cbcnn_resnet50', pretrained=pretrained, default_pool='sketch', **dict(model_args, **kwargs))
 
 
 @register_model
 def ibcnn_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu5_3 with itself, matrix square root before the signed one."""
-    model_args = dict(backbone_a='vgg16', out_index_a=4, global_pool='sqrtm')
-    return _create_bcnn('ibcnn_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone_a='vgg16', out_index_a=4)
+    return _create_bcnn('ibcnn_vgg16', pretrained=pretrained, default_pool='sqrtm', **dict(model_args, **kwargs))
 
 
 @register_model
 def ibcnn_densenet201(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """DenseNet-201 norm5 projected to 512 channels with itself, matrix square root before the signed one."""
-    model_args = dict(backbone_a='densenet201', out_index_a=4, proj_dim=512, global_pool='sqrtm')
-    return _create_bcnn('ibcnn_densenet201', pretrained=pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone_a='densenet201', out_index_a=4, proj_dim=512)
+    return _create_bcnn('ibcnn_densenet201', pretrained=pretrained, default_pool='sqrtm', **dict(model_args, **kwargs))
 
 
-_MPNCOV_ARGS = dict(out_index_a=4, proj_dim=256, proj_type='conv_bn_relu', global_pool='isqrt')
+_MPNCOV_ARGS = dict(out_index_a=4, proj_dim=256, proj_type='conv_bn_relu')
 
 
 @register_model
 def mpncov_resnet50(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """ResNet-50 layer4 at stride 16, projected to 256 channels, root of their covariance."""
     model_args = dict(_MPNCOV_ARGS, backbone_a='resnet50', last_stride=1)
-    return _create_bcnn('mpncov_resnet50', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_bcnn('mpncov_resnet50', pretrained=pretrained, default_pool='isqrt', **dict(model_args, **kwargs))
 
 
 @register_model
 def mpncov_resnet101(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """ResNet-101 layer4 at stride 16, projected to 256 channels, root of their covariance."""
     model_args = dict(_MPNCOV_ARGS, backbone_a='resnet101', last_stride=1)
-    return _create_bcnn('mpncov_resnet101', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_bcnn('mpncov_resnet101', pretrained=pretrained, default_pool='isqrt', **dict(model_args, **kwargs))
 
 
 @register_model
 def mpncov_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu5_3 projected to 256 channels, root of their covariance."""
     model_args = dict(_MPNCOV_ARGS, backbone_a='vgg16')
-    return _create_bcnn('mpncov_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_bcnn('mpncov_vgg16', pretrained=pretrained, default_pool='isqrt', **dict(model_args, **kwargs))
 
 
 @register_model
 def mpncov_vgg16_bn(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 w/ batch norm relu5_3 projected to 256 channels, root of their covariance: VGG-D of fast-MPN-COV."""
     model_args = dict(_MPNCOV_ARGS, backbone_a='vgg16_bn')
-    return _create_bcnn('mpncov_vgg16_bn', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_bcnn('mpncov_vgg16_bn', pretrained=pretrained, default_pool='isqrt', **dict(model_args, **kwargs))
 
 
 @register_model
 def hbp_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu3_3, relu4_3 and relu5_3, each pair of them; the paper has relu5_1 to relu5_3."""
-    model_args = dict(backbone_a='vgg16', out_indices_a=(2, 3, 4), global_pool='cross')
-    return _create_bcnn('hbp_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone_a='vgg16', out_indices_a=(2, 3, 4))
+    return _create_bcnn('hbp_vgg16', pretrained=pretrained, default_pool='cross', **dict(model_args, **kwargs))
 
 
 @register_model
 def hbp_resnet34(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """ResNet-34 layer2, layer3 and layer4, each pair of them."""
-    model_args = dict(backbone_a='resnet34', out_indices_a=(2, 3, 4), global_pool='cross')
-    return _create_bcnn('hbp_resnet34', pretrained=pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone_a='resnet34', out_indices_a=(2, 3, 4))
+    return _create_bcnn('hbp_resnet34', pretrained=pretrained, default_pool='cross', **dict(model_args, **kwargs))
 
 
 @register_model
 def lrbp_vgg16(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """VGG-16 relu5_3 projected to 100 channels, classifier of rank 8."""
-    model_args = dict(backbone_a='vgg16', out_index_a=4, proj_dim=100, global_pool='lowrank')
-    return _create_bcnn('lrbp_vgg16', pretrained=pretrained, **dict(model_args, **kwargs))
+    model_args = dict(backbone_a='vgg16', out_index_a=4, proj_dim=100)
+    return _create_bcnn('lrbp_vgg16', pretrained=pretrained, default_pool='lowrank', **dict(model_args, **kwargs))

@@ -11,7 +11,7 @@ from timm.layers import get_device_dtype
 from .._compat import feature_take_indices
 from ..layers import BilinearHead
 from ..layers.arguments import Bounds, Internal, Runtime, arguments_of, check_argument, check_arguments
-from ..layers.pooling import check_pooling
+from ..layers.pooling import check_pooling, list_poolings, pooling_arguments
 from .empty import is_empty, one_image
 from .levels import can_prune, forward_levels, is_nhwc, layer_ids, pair_levels, prune_stream, returned_levels
 from .streams import concat_levels, concat_streams, create_streams, first_convs, match_grid
@@ -35,7 +35,7 @@ class BilinearCNN(nn.Module):
         num_classes: Annotated[int, Bounds(0, 10_000_000)] = 1000,
         in_chans: Annotated[int, Bounds(1, 1024)] = 3,
         img_size: Annotated[Optional[Union[int, Tuple[int, int]]], Bounds(1, 16384)] = None,
-        pool_type: Optional[str] = None,
+        pool_type: str = 'avg',
         global_pool: Optional[str] = None,
         proj_dim: Annotated[Optional[int], Bounds(1, 65536)] = None,
         drop_rate: Annotated[float, Bounds(0, 1)] = 0.0,
@@ -66,9 +66,8 @@ class BilinearCNN(nn.Module):
             num_classes: Number of classes, 0 for descriptors.
             in_chans: Number of input channels.
             img_size: Input size for backbones that are built for one size.
-            pool_type: Pooling, one of `timm_bilinear.layers.list_poolings()`, or '' for the feature map itself; None
-                for that of `global_pool`.
-            global_pool: timm's name for it, by which it is saved; None for 'avg'.
+            pool_type: Pooling, one of `timm_bilinear.layers.list_poolings()`, or '' for the feature map itself.
+            global_pool: timm's name for `pool_type`, which it overrides.
             proj_dim: Project streams with more channels to this many by a 1x1 convolution.
             drop_rate: Dropout rate of the descriptor.
             drop_path_rate: Stochastic depth rate of the streams that have it; None leaves the backbones' defaults.
@@ -99,24 +98,18 @@ class BilinearCNN(nn.Module):
         checked = check_arguments(BilinearCNN, {k: v for k, v in locals().items() if k != 'pool_args'})
         num_classes, in_chans, img_size = (checked[k] for k in ('num_classes', 'in_chans', 'img_size'))
         levels_a = checked['out_indices_a'] or (out_index_a,)
-        if checked['out_indices_a'] and out_index_a != -1:
-            raise ValueError(
-                f"'out_index_a' is {out_index_a} where 'out_indices_a' is {levels_a}: give the latter alone."
-            )
         for name, given in (('out_indices_a', len(levels_a) > 1), ('class_token', class_token)):
             if given and backbone_b is not None:
                 raise ValueError(f"'{name}' is for a model of one stream, not with 'backbone_b'.")
         if class_token and len(levels_a) > 1:
             raise ValueError("'class_token' is of one level, not of several 'out_indices_a'.")
-        global_pool = 'avg' if global_pool is None else global_pool
-        pool_type = global_pool if pool_type is None else pool_type
+        pool_type = pool_type if global_pool is None else global_pool
         # before streams are built, or their weights fetched
         pool_args = check_pooling(pool_type, pool_args, beside=BilinearCNN)
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self._saved_args = {}
 
         self.stream_a, self.stream_b = create_streams(
             (backbone_a, backbone_b),
@@ -253,13 +246,14 @@ class BilinearCNN(nn.Module):
     @property
     def _model_args(self) -> Dict[str, Any]:
         """Arguments that timm keeps, and saves with the pooling's name as `global_pool`."""
-        return self._saved_args
+        return self.__dict__.get('_saved_args', {})
 
     @_model_args.setter
     def _model_args(self, args: Dict[str, Any]) -> None:
-        # A pooling may have been replaced: its name and its arguments are not those of this model any more.
-        taken = (set(arguments_of(BilinearCNN)) - {'pool_type', 'global_pool'}) | set(self.head.pool_args)
-        self._saved_args = {k: v for k, v in args.items() if k in taken}
+        # Of a pooling that was replaced, neither its name nor arguments that the present one does not take.
+        of_poolings = {name for pooling in list_poolings() for name in pooling_arguments(pooling)}
+        replaced = (of_poolings | {'pool_type'}) - set(self.head.pool_args)
+        self._saved_args = {k: v for k, v in args.items() if k not in replaced}
 
     def forward_intermediates(
         self,

@@ -141,10 +141,8 @@ def check_hub_config(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] =
     repo_id, revision = hf_split(cfg.hf_hub_id)
     path = hf_hub_download(repo_id, 'config.json', revision=revision, cache_dir=cache_dir, local_files_only=True)
     config = json.loads(Path(path).read_text())
-    args, stored = dict(config.get('model_args') or {}), config.get('pretrained_cfg') or {}
+    args, stored = config.get('model_args') or {}, config.get('pretrained_cfg') or {}
     problems = _argument_problems(args)
-    if 'global_pool' in args:
-        args.pop('pool_type', None)  # which a pooling set later has replaced
     of_classes = arguments_of(BilinearCNN)['num_classes']
     for values, known in ((config, {}), (stored, _CFG)):
         for key, annotation in dict(known, num_classes=of_classes).items():

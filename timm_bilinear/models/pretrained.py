@@ -80,20 +80,6 @@ def _from_mpncov(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[
     return state_dict
 
 
-def _adopt_pooling(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Weights with the model's own where they are of another pooling, or have no projection.
-
-    For a model whose classifier, which comes behind them, is replaced too. A projection that was trained is not lost.
-    """
-    own = {k: v for k, v in model.state_dict().items() if k.startswith(('head.pool.', 'head.proj_'))}
-    fresh = {k: v for k, v in own.items() if k not in state_dict}
-    fresh.update({k: v for k, v in own.items() if k.startswith('head.pool.') and v.shape != state_dict.get(k, v).shape})
-    if fresh:
-        _logger.warning(f'The checkpoint has another head: {", ".join(sorted(fresh))} start afresh, as the classifier.')
-    kept = {k: v for k, v in state_dict.items() if k in own or not k.startswith('head.pool.')}
-    return {**kept, **fresh}
-
-
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module):
     """Raise if `state_dict` does not fit, but for what timm adapts: another number of classes or input channels."""
     own = model.state_dict()
@@ -116,10 +102,32 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module):
         if any(p.startswith('head.fc.') for p in problems):
             hint = (
                 f' (The checkpoint was taken to have {num_classes} classes; if it has another number, give'
-                ' pretrained_cfg_overlay=dict(num_classes=...) and its classifier is replaced; a model of num_classes=0'
-                ' takes the streams alone.)'
+                ' pretrained_cfg_overlay=dict(num_classes=...) and its classifier is replaced.)'
             )
+        if all(p.startswith(('head.fc.', 'head.pool.')) for p in problems):
+            hint += ' With num_classes=0 the model takes what is before the pooling alone.'
         raise RuntimeError(f'The checkpoint does not fit this {type(model).__name__}: {shown}.{hint}')
+
+
+def _adopt_pooling(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Weights with the model's own where they are of another pooling, or have no projection.
+
+    For a model whose classifier, which comes behind them, is replaced too. A projection that was trained is not lost.
+    """
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(('head.pool.', 'head.proj_'))}
+    weight = state_dict.get('head.fc.weight')
+    # of another `dim` hashes have the same shapes
+    is_other = weight is not None and weight.dim() == 2 and weight.shape[1] != model.head.num_features
+    fresh = {k: v for k, v in own.items() if k not in state_dict}
+    for key, value in own.items():
+        if key.startswith('head.pool.') and (is_other or value.shape != state_dict.get(key, value).shape):
+            fresh[key] = value
+    kept = {k: v for k, v in state_dict.items() if k in own or not k.startswith('head.pool.')}
+    adopted = {**kept, **fresh}
+    _check_fit(adopted, model)
+    if told := sorted(k for k in fresh if not k.endswith('num_batches_tracked')):
+        _logger.warning(f'The checkpoint has another head: {", ".join(told)} start afresh.')
+    return adopted
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -153,7 +161,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     if weight is not None and head.pool is not None:
         state_dict['head.fc.weight'] = head.pool.fold_classifier(weight)
     if model.pretrained_cfg['num_classes'] != model.num_classes:
-        state_dict = _adopt_pooling(state_dict, model)
+        return _adopt_pooling(state_dict, model)
     _check_fit(state_dict, model)
     return state_dict
 

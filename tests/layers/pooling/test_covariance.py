@@ -140,9 +140,18 @@ def test_second_derivatives():
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
     for pooling in (create_pooling('isqrt', 6), create_pooling('sqrtm', 6, iterations=8)):
         assert torch.autograd.gradgradcheck(pooling, x, atol=1e-3)
-    (grad,) = torch.autograd.grad(create_pooling('sqrtm', 6)(x).sum(), x, create_graph=True)
+    sqrtm = create_pooling('sqrtm', 6)
+    (grad,) = torch.autograd.grad(sqrtm(x).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match='no second derivative'):
         grad.square().sum().backward()
+    x = x.detach()
+    for second in (
+        lambda x: torch.func.jvp(lambda y: torch.func.jvp(sqrtm, (y,), (x.detach(),))[1], (x,), (x,)),
+        torch.func.hessian(lambda x: sqrtm(x).cumsum(1).sum()),
+        torch.func.jacfwd(torch.func.jacfwd(lambda x: sqrtm(x).cumsum(1).sum())),
+    ):
+        with pytest.raises(NotImplementedError, match='no second derivative'):
+            second(x)
 
 
 def test_newton_schulz_of_one_iteration():

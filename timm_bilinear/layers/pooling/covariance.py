@@ -18,6 +18,7 @@ __all__ = ['ISqrtPooling', 'MatrixRootPooling', 'matrix_root', 'newton_schulz']
 
 # Of the largest eigenvalue's root: what is smaller is rounding of an eigenvalue 0 in float64.
 _LEAST_ROOT = 1e-7
+_NO_SECOND_DERIVATIVE = "Pooling 'sqrtm' has no second derivative; with `iterations` it has."
 
 
 def newton_schulz(z: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -111,7 +112,7 @@ class _CompiledMatrixRoot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, _, __) -> Tuple[torch.Tensor, None]:
-        return _FirstDerivative.apply(grad, *ctx.saved_tensors), None
+        return _CompiledFirstDerivative.apply(grad, *ctx.saved_tensors), None
 
 
 class _MatrixRoot(_CompiledMatrixRoot):
@@ -119,10 +120,14 @@ class _MatrixRoot(_CompiledMatrixRoot):
 
     @staticmethod
     def jvp(ctx, tangent: torch.Tensor, _) -> Tuple[torch.Tensor, None, None]:
-        return _solve_lyapunov(tangent, *ctx.saved_tensors), None, None
+        return _FirstDerivative.apply(tangent, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, _, __) -> Tuple[torch.Tensor, None]:
+        return _FirstDerivative.apply(grad, *ctx.saved_tensors), None
 
 
-class _FirstDerivative(torch.autograd.Function):
+class _CompiledFirstDerivative(torch.autograd.Function):
     """`_solve_lyapunov`, which has no derivative of its own: in it eigenvectors are taken for constants."""
 
     generate_vmap_rule = True
@@ -137,7 +142,15 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        raise NotImplementedError("Pooling 'sqrtm' has no second derivative; with `iterations` it has.")
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+
+
+class _FirstDerivative(_CompiledFirstDerivative):
+    """The same, of which forward mode asks for a derivative too."""
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
 
 
 def matrix_root(z: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
