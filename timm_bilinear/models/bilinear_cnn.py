@@ -239,7 +239,7 @@ class BilinearCNN(nn.Module):
             )
         self.head.reset(num_classes, **dd)
         self.num_classes = num_classes
-        self._model_args = self._model_args
+        self._model_args = self._model_args  # without those of a pooling that is gone
         self.head_hidden_size = self.head.num_features
 
     @torch.jit.unused
